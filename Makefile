@@ -1,0 +1,66 @@
+# Each target makes what it needs, the virtual environment included: on a fresh machine with make and Python,
+# `make demo` and `make test` are enough.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+WHEEL_VENV := build/wheel-test
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PINS := -c constraints.txt --build-constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-nightly lint wheel-test clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  PYTEST_ARGS=$(PYTEST_ARGS)"
+
+setup: $(STAMP) ## make the virtual environment, with everything that development needs
+	@echo "environment  $(abspath $(VENV)), $$($(BIN)/python --version)"
+	@echo "torch        $$($(BIN)/python -c 'import torch; print(torch.__version__)')"
+	@echo "command      $(BIN)/fusion-core"
+	@echo "activate     . $(BIN)/activate"
+
+demo: $(STAMP) ## run the demonstration
+	$(BIN)/fusion-core demo
+
+test: $(STAMP) ## run the tests; more arguments by PYTEST_ARGS="-k name -n 4"
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-nightly: $(STAMP) ## run the tests with many more generated examples
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest --timeout 3600 $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# In an environment of its own, with the declared dependencies alone, and from a folder where the checkout is not seen.
+wheel-test: $(STAMP) ## build the wheel into dist/, install it elsewhere, try it
+	rm -rf dist $(WHEEL_VENV)
+	$(PIP) wheel --quiet --no-deps --build-constraint constraints.txt --wheel-dir dist .
+	$(BIN)/python -m venv --without-pip $(WHEEL_VENV)
+	$(PIP) --python $(WHEEL_VENV)/bin/python install --quiet -c constraints.txt "$$(echo dist/*.whl)[cli]"
+	cd $(WHEEL_VENV) && bin/python -I -c "import importlib.metadata as m; [p.load() for p in m.distribution('fusion-core').entry_points]"
+	cd $(WHEEL_VENV) && bin/fusion-core backends
+	cd $(WHEEL_VENV) && bin/fusion-core patterns --json > patterns.json && bin/python -m json.tool patterns.json > /dev/null
+	rm -rf $(WHEEL_VENV)
+	@echo "tested: $$(echo dist/*.whl)"
+
+clean: ## remove what was built and cached; the virtual environment stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# pip is brought up first: the one that comes with Python 3.11 does not know --group.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) > /dev/null || { echo "found no $(PYTHON), needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "found $$($(PYTHON) --version 2>&1) as $(PYTHON), needs 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "setting up $(VENV): some minutes the first time"
+	@$(PIP) --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade -c constraints.txt pip
+	$(PIP) install --quiet $(PINS) --editable ".[demo]" --group dev
+	@touch $@

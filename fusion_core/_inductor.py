@@ -1,0 +1,122 @@
+"""All that is private to Inductor, in one file: a new torch release is this file's work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+__all__ = ["CustomGraphPass", "cache_dir", "compile_graph", "decompositions", "mode_options", "post_grad_only", "with_pass"]
+
+POST_PASS = "post_grad_custom_post_pass"
+
+
+class PassSequence(CustomGraphPass):
+    """Several passes as one: what a user had set already, then ours."""
+
+    def __init__(self, passes: Sequence[Any]) -> None:
+        self.passes = tuple(passes)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Run every pass on the graph, in order."""
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> Any:
+        """The uuids of all; None, which turns Inductor's cache off, where one of them has none."""
+        uuids = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.passes]
+        return None if None in uuids else tuple(uuids)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PassSequence:
+        return self
+
+
+def with_pass(own: CustomGraphPass, options: dict[str, Any]) -> dict[str, Any]:
+    """Inductor options with our pass behind whatever pass is set already, in them or in Inductor's configuration."""
+    existing = options.get(POST_PASS, getattr(inductor_config, POST_PASS))
+    before = existing if isinstance(existing, list | tuple) else () if existing is None else (existing,)
+    before = tuple(each for each in before if not isinstance(each, type(own)))
+    return {**options, POST_PASS: PassSequence((*before, own)) if before else own}
+
+
+def mode_options(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
+    """What ``torch.compile(mode=..., options=...)`` sets for Inductor.
+
+    Raises:
+        RuntimeError: torch's own, for an unknown mode or option.
+    """
+    wrapper = torch._TorchCompileInductorWrapper(mode, options, dynamic=None)
+    return dict(wrapper.config)
+
+
+def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Any:
+    """Compile a Dynamo graph by Inductor under these options."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph_module, list(inputs), config_patches=options)
+
+
+def post_grad_only(own: Callable[[fx.Graph], None]) -> Callable[[fx.GraphModule, Sequence[Any]], Any]:
+    """A Dynamo backend that stops behind Inductor's post-grad passes and runs the graph eagerly: no code generation."""
+    from torch._inductor.compile_fx import compile_fx
+
+    def inner(graph_module: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        return _post_grad(graph_module, inputs, bool(kwargs.get("is_inference")))
+
+    def backend(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        return compile_fx(graph_module, list(inputs), inner_compile=inner, config_patches=with_pass(own, {}))  # type: ignore[arg-type]
+
+    return backend
+
+
+def _post_grad(graph_module: fx.GraphModule, inputs: Sequence[Any], is_inference: bool) -> Any:
+    from torch._inductor.compile_fx import fake_tensor_prop, view_to_reshape
+    from torch._inductor.fx_passes.post_grad import post_grad_passes
+    from torch._inductor.virtualized import V
+
+    view_to_reshape(graph_module)
+    with torch.no_grad():
+        fake_mode = fake_tensor_prop(graph_module, list(inputs))
+    with V.set_fake_mode(fake_mode):
+        post_grad_passes(graph_module, is_inference)
+    graph_module.recompile()
+
+    def run(arguments: list[Any]) -> Any:
+        given = list(arguments)
+        arguments.clear()
+        return graph_module(*given)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The decompositions that Inductor applies before its post-grad passes."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def cache_dir() -> Path:
+    """Where Inductor keeps compiled graphs."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir as directory
+
+    return Path(directory())
+
+
+def caches_enabled() -> bool:
+    """Whether Inductor may take a graph from its cache."""
+    return bool(inductor_config.fx_graph_cache) and not inductor_config.force_disable_caches
+
+
+def reset_cudagraphs() -> None:
+    """Forget recorded CUDA graphs, as ``torch._dynamo.reset`` asks of a backend."""
+    if inductor_config.triton.cudagraphs or torch.cuda.is_initialized():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()

@@ -1,0 +1,130 @@
+"""What a user may choose, and the environment variables that set its defaults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from fusion_core.errors import ConfigError
+
+NUMERICS = ("default", "deterministic")
+PREFIX = "FUSION_CORE_"
+
+T = TypeVar("T")
+
+
+def _order(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if names == ("none",):
+        return ()
+    if not all(names):
+        raise ValueError(text)
+    return names
+
+
+def _flag(text: str) -> bool:
+    return {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}[text.lower()]
+
+
+def _numerics(text: str) -> str:
+    if text not in NUMERICS:
+        raise ValueError(text)
+    return text
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise ValueError(text)
+    return value
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError(text)
+    return value
+
+
+_ENVIRONMENT: dict[str, tuple[Callable[[str], Any], str]] = {
+    "order": (_order, "names of backends separated by commas, or 'none' for no backend"),
+    "strict": (_flag, "one of 1, true, yes, on, 0, false, no, off"),
+    "numerics": (_numerics, f"one of {', '.join(NUMERICS)}"),
+    "limit": (_count, "a whole number, 0 or more"),
+    "max_tokens": (_positive, "a whole number, 1 or more"),
+}
+
+
+def _default(name: str, otherwise: T) -> T:
+    """A field whose default is read from the environment when a config is made, not on import."""
+
+    def read() -> Any:
+        variable = PREFIX + name.upper()
+        text = os.environ.get(variable, "")
+        if not text:
+            return otherwise
+        parse, valid = _ENVIRONMENT[name]
+        try:
+            return parse(text)
+        except (ValueError, KeyError):
+            raise ConfigError(f"{variable} is {text!r}, needs {valid}") from None
+
+    result: T = field(default_factory=read)
+    return result
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Which backends may run, and how; every default can be set by an environment variable.
+
+    Attributes:
+        order: Backends to use, best first; one that does not load is then an error. ``()`` for none. None (default)
+            for every backend that loads: by name, and reference last. ``FUSION_CORE_ORDER=acme,flashinfer``.
+        strict: A broken plugin is an error instead of a warning. ``FUSION_CORE_STRICT=1``.
+        numerics: ``"deterministic"`` for the same bits of a row whatever else is in the batch.
+            ``FUSION_CORE_NUMERICS=deterministic``.
+        limit: At most this many rewrites per graph, to find a bad one by bisection; None for all.
+            ``FUSION_CORE_LIMIT=3``.
+        max_tokens: Capacity of backends' workspaces in tokens; None to ask the backend. ``FUSION_CORE_MAX_TOKENS=2048``.
+
+    Raises:
+        ConfigError: for a value of the wrong type or outside its range, in an argument or in the environment.
+    """
+
+    order: tuple[str, ...] | None = _default("order", None)
+    strict: bool = _default("strict", False)
+    numerics: str = _default("numerics", "default")
+    limit: int | None = _default("limit", None)
+    max_tokens: int | None = _default("max_tokens", None)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.order, str) or not (self.order is None or _all(self.order, str)):
+            raise ConfigError(f"order is {self.order!r}, needs a tuple of backend names, or None")
+        if self.order is not None:
+            object.__setattr__(self, "order", tuple(self.order))
+            if twice := sorted({name for name in self.order if self.order.count(name) > 1}):
+                raise ConfigError(f"order names {', '.join(twice)} twice, needs each backend once")
+        if not isinstance(self.strict, bool):
+            raise ConfigError(f"strict is {self.strict!r}, needs True or False")
+        if self.numerics not in NUMERICS:
+            raise ConfigError(f"numerics is {self.numerics!r}, needs one of {', '.join(NUMERICS)}")
+        for name, least in (("limit", 0), ("max_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name} is {value!r}, needs a whole number of at least {least}, or None")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON types."""
+        values: Mapping[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _all(values: Any, kind: type) -> bool:
+    return isinstance(values, tuple | list) and all(isinstance(value, kind) for value in values)
+
+
+def check_environment() -> None:
+    """Raise `ConfigError` where a variable named ``FUSION_CORE_*`` is none of ours: a misspelt one must not be silent."""
+    known = {PREFIX + name.upper() for name in _ENVIRONMENT}
+    if unknown := sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known):
+        raise ConfigError(f"the environment has {', '.join(unknown)}, needs names among {', '.join(sorted(known))}")

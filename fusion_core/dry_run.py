@@ -1,0 +1,59 @@
+"""A dry run: every decision, no change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fusion_core import _inductor
+from fusion_core.config import FusionConfig
+from fusion_core.fusion_pass import FusionPass
+from fusion_core.report import Report
+
+
+def explain(model: Callable[..., Any], *args: Any, config: FusionConfig | None = None, **kwargs: Any) -> Report:
+    """What fusion would do to a model, without doing it.
+
+    The model is captured as ``torch.compile`` would capture it, up to Inductor's post-grad passes, and runs once,
+    unfused and without code generation; under tensor parallelism every rank must call this. A model that compiles to
+    several graphs gets one report over all of them.
+
+    Args:
+        model: A module or function, not compiled.
+        *args: Its arguments.
+        config: Which backends may run, and how.
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        The report; its ``origin`` is ``"explained"``.
+    """
+    fusion_pass = FusionPass(config, dry_run=True)
+    found: list[Report] = []
+
+    def look(graph: torch.fx.Graph) -> None:
+        found.append(fusion_pass.run(graph))
+
+    torch.compile(model, backend=_inductor.post_grad_only(_Look(look)))(*args, **kwargs)
+    if not found:
+        return fusion_pass.run(torch.fx.Graph())
+    fullest = max(found, key=lambda report: len(report.sites))
+    return dataclasses.replace(fullest, sites=tuple(site for report in found for site in report.sites))
+
+
+class _Look(_inductor.CustomGraphPass):
+    """A pass that only looks."""
+
+    def __init__(self, look: Callable[[torch.fx.Graph], None]) -> None:
+        self.look = look
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.look(graph)
+
+    def uuid(self) -> None:
+        """None: nothing of a dry run is cached."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Look:
+        return self

@@ -1,0 +1,87 @@
+"""``torch.compile(model, backend="fusion_core")``: Inductor with the fusion pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusion_core import _inductor, history, report_cache
+from fusion_core.config import FusionConfig
+from fusion_core.fusion_pass import FusionPass
+
+
+@functools.lru_cache(maxsize=64)
+def _pass_for(config: FusionConfig) -> FusionPass:
+    return FusionPass(config)
+
+
+class Backend:
+    """A backend for ``torch.compile``: Inductor under the user's mode and options, and the fusion pass behind them.
+
+    Args:
+        config: Which backends of fusion_core may run, and how; None to read the defaults anew at each compilation.
+    """
+
+    __name__ = "fusion_core"
+
+    def __init__(self, config: FusionConfig | None = None) -> None:
+        self.config = config
+
+    def __call__(
+        self, graph_module: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+    ) -> Any:
+        """Compile one graph that Dynamo captured."""
+        own = _pass_for(FusionConfig() if self.config is None else self.config)
+        patches = _inductor.with_pass(own, _inductor.mode_options(mode, options))
+        key = report_cache.GraphKey(graph_module, inputs, own) if _inductor.caches_enabled() else None
+        with history.collecting() as heard:
+            compiled = _inductor.compile_graph(graph_module, inputs, patches)
+        if key is None:
+            return compiled
+        if heard:
+            report_cache.save(key, heard)
+        else:
+            for report in report_cache.load(key):
+                history.record(dataclasses.replace(report, origin="cache"))
+        return compiled
+
+    def reset(self) -> None:
+        """What ``torch._dynamo.reset`` asks of a backend."""
+        _inductor.reset_cudagraphs()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Backend) and self.config == other.config
+
+    def __hash__(self) -> int:
+        return hash((Backend, self.config))
+
+
+fusion_core = Backend()
+"""What torch finds under the name ``"fusion_core"``."""
+
+
+def compile(model: Callable[..., Any], config: FusionConfig | None = None, **torch_compile_kwargs: Any) -> Any:
+    """``torch.compile`` with fusion.
+
+    Args:
+        model: A module or function.
+        config: Which backends may run, and how.
+        **torch_compile_kwargs: Anything that ``torch.compile`` takes, but ``backend``.
+
+    Returns:
+        What ``torch.compile`` returns.
+
+    Raises:
+        TypeError: for ``backend=``.
+        BackendError: where ``config.order`` names a backend that does not load, or ``config.strict`` and any does not.
+    """
+    if "backend" in torch_compile_kwargs:
+        raise TypeError("fusion_core.compile got backend=, needs none: it compiles by Inductor; use torch.compile for another backend")
+    if config is not None:
+        _pass_for(config)  # a backend that does not load is an error here, and not in the middle of the first call
+    return torch.compile(model, backend=Backend(config), **torch_compile_kwargs)

@@ -1,0 +1,257 @@
+"""A chosen strategy into the graph: its operators in, the nodes of the site out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fusion_core.decide import Candidate
+from fusion_core.lifting.meaning import same_shape, shape_of
+from fusion_core.lifting.view import LiftedGraph
+from fusion_core.patterns.definition import GROUP
+from fusion_core.reason import Reason
+from fusion_core.site import TensorMeta, dtype_name
+
+PROVENANCE = "fusion_core"
+"""The key of ``node.meta`` that holds the name of the strategy which a node came from."""
+
+
+class Unplaceable(Exception):
+    """A strategy that was chosen and cannot be put into the graph, with the reason."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A replacement that can be done: where, of what, by which operators.
+
+    Attributes:
+        candidate: The strategy and its site.
+        place: The node behind which the strategy's operators go.
+        hoisted: Late inputs that move behind ``place`` first, in order.
+        inputs: The strategy's tensors by name, as they are in the graph now.
+        reshapes: Inputs that take x's shape first → that shape.
+        traced: The strategy's operators.
+        views: Outputs that take the shape which the site had → that shape.
+    """
+
+    candidate: Candidate
+    place: fx.Node
+    hoisted: list[fx.Node]
+    inputs: dict[str, fx.Node]
+    reshapes: dict[str, list[int]]
+    traced: fx.GraphModule
+    views: dict[str, list[int]]
+
+
+class Emitter:
+    """Puts strategies into one graph. Keeps what it traced: the sites of a model's layers are mostly alike."""
+
+    def __init__(self, graph: fx.Graph, view: LiftedGraph, decompositions: dict[Any, Callable[..., Any]]) -> None:
+        self.graph = graph
+        self.view = view
+        self.decompositions = decompositions
+        self._traced: dict[object, fx.GraphModule] = {}
+        self._taken: dict[fx.Node, str] = {}
+        self._replaced: dict[fx.Node, fx.Node] = {}
+
+    def plan(self, candidate: Candidate) -> Plan:
+        """How a site is replaced by its strategy; changes nothing.
+
+        Raises:
+            Unplaceable: where another site has taken a part of it, where no place in the graph has all inputs before
+                it and all uses behind it, or where the strategy cannot be traced or gives other shapes or dtypes.
+        """
+        found = candidate.match
+        if taken := next((node for node in found.erased if node in self._taken), None):
+            raise Unplaceable(Reason("taken", f"{taken.name} is a part of the site at {self._taken[taken]}", "a chain of its own"))
+        inputs = {name: self._now(node) for name in found.pattern.tensors if isinstance(node := found.bound.get(name), fx.Node)}
+        x = inputs["x"]
+        place, hoisted = self._place(candidate, list(inputs.values()))
+        partners = [name for name in inputs if name in found.pattern.elementwise]
+        reshapes = {name: self._sizes(shape_of(x)) for name in partners if not same_shape(shape_of(inputs[name]), shape_of(x))}
+        fakes = {name: node.meta["val"] for name, node in inputs.items()}
+        with x.meta["val"].fake_mode:
+            fakes |= {name: fakes[name].reshape(sizes) for name, sizes in reshapes.items()}
+        traced = self._trace(candidate, fakes)
+        results = _results(candidate, traced)
+        views = {
+            name: self._sizes(shape_of(node)) for name, node in found.outputs.items() if not same_shape(shape_of(node), results[name].shape)
+        }
+        return Plan(candidate, place, hoisted, inputs, reshapes, traced, views)
+
+    def claim(self, plan: Plan) -> None:
+        """Keep the nodes of a planned site from other sites."""
+        found = plan.candidate.match
+        self._taken |= dict.fromkeys(found.erased, found.anchor.name)
+
+    def apply(self, plan: Plan) -> None:
+        """Change the graph as planned: the strategy's operators in, every node of the site out."""
+        found, place = plan.candidate.match, plan.place
+        for node in plan.hoisted:
+            place.append(node)
+            place = node
+        insert = _Inserter(self.graph, self.view.position, place, found.erased[-1], plan.candidate.strategy.name)
+        tensors = dict(plan.inputs)
+        with tensors["x"].meta["val"].fake_mode:
+            for name, sizes in plan.reshapes.items():
+                tensors[name] = insert(torch.ops.aten.reshape.default, (tensors[name], sizes))
+            outputs = dict(zip(found.outputs, insert.copy(plan.traced, list(tensors.values())), strict=True))
+            for name, sizes in plan.views.items():
+                outputs[name] = insert(torch.ops.aten.reshape.default, (outputs[name], sizes))
+        for name, old in found.outputs.items():
+            old.replace_all_uses_with(outputs[name])
+            self._replaced[old] = outputs[name]
+        for node in reversed(found.erased):
+            self.graph.erase_node(node)
+
+    def _now(self, node: fx.Node) -> fx.Node:
+        """The node that holds a value after the replacements so far."""
+        return self._replaced.get(node, node)
+
+    def _place(self, candidate: Candidate, inputs: list[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
+        """The node after which to insert, and inputs that must be moved behind it first.
+
+        As late as the last input where every use comes later still; else at the first use, with the late inputs
+        moved up, which is safe for what has no side effects and does not hang on the site.
+        """
+        position, body, anchor = self.view.position, set(candidate.match.erased), candidate.match.anchor
+        uses = [user for node in candidate.match.outputs.values() for user in node.users if user not in body]
+        first = min(uses, key=position.__getitem__, default=None)
+        limit = len(position) if first is None else position[first]
+        late: list[fx.Node] = []
+        stack = [node for node in inputs if position[node] >= limit]
+        while stack:
+            node = stack.pop()
+            if node in late:
+                continue
+            if node.op != "call_function" or node.is_impure() or _writes(node):
+                found = f"{node.name}, which the site needs, comes after {first}, which uses its result"
+                raise Unplaceable(Reason("order", found, "all inputs before the first use"))
+            late.append(node)
+            stack.extend(n for n in node.all_input_nodes if position[n] > position[anchor])
+        early = [node for node in inputs if node not in late]
+        return max([anchor, *early], key=position.__getitem__), sorted(late, key=position.__getitem__)
+
+    def _sizes(self, shape: tuple[Any, ...]) -> list[int]:
+        """A shape as arguments of reshape. One size may be known only at run time: it follows from the others."""
+        symbolic = [size for size in shape if not isinstance(size, int)]
+        if len(symbolic) > 1:
+            found = f"the shape [{', '.join(map(str, shape))}] has {len(symbolic)} symbolic sizes"
+            raise Unplaceable(Reason("reshape", found, "at most one where a site changes shape"))
+        return [size if isinstance(size, int) else -1 for size in shape]
+
+    def _trace(self, candidate: Candidate, fakes: dict[str, torch.Tensor]) -> fx.GraphModule:
+        """The strategy as a graph of operators, reduced to what its live outputs need."""
+        strategy, found = candidate.strategy, candidate.match
+        live = tuple(found.outputs)
+        scalars = {name: found.bound.get(name, p.default) for name, p in found.pattern.parameters.items() if name not in fakes}
+        metas = tuple((name, str(TensorMeta.of(fake)), str(fake.stride()), fake.device) for name, fake in fakes.items())
+        key = (strategy.name, metas, tuple(scalars.items()), found.bound[GROUP], live)
+        if key not in self._traced:
+            self._traced[key] = _trace(candidate, fakes, scalars, live, self.decompositions)
+        return self._traced[key]
+
+
+def _writes(node: fx.Node) -> bool:
+    arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
+    return any(argument.alias_info is not None for argument in arguments)
+
+
+def _trace(self, candidate: Candidate, fakes: dict[str, torch.Tensor]) -> fx.GraphModule:
+        """The strategy as a graph of operators, reduced to what its live outputs need."""
+        strategy, found = candidate.strategy, candidate.match
+        live = tuple(found.outputs)
+        scalars = {name: found.bound.get(name, p.default) for name, p in found.pattern.parameters.items() if name not in fakes}
+        metas = tuple((name, str(TensorMeta.of(fake)), str(fake.stride()), fake.device) for name, fake in fakes.items())
+        key = (strategy.name, metas, tuple(scalars.items()), found.bound[GROUP], live)
+        if key not in self._traced:
+            self._traced[key] = _trace(candidate, fakes, scalars, live, self.decompositions)
+        return self._traced[key]
+
+
+def _elementwise(pattern: Any) -> set[str]:
+    """Tensor parameters that have x's shape: the other operands of adds."""
+    names = {value.name for step in pattern.steps if step.operation.commutative for value in step.operands.values() if hasattr(value, "name")}
+    return names & set(pattern.tensors)
+
+
+def _trace(
+    candidate: Candidate, fakes: dict[str, torch.Tensor], scalars: dict[str, Any], live: tuple[str, ...], decompositions: dict[Any, Any]
+) -> fx.GraphModule:
+    strategy, found = candidate.strategy, candidate.match
+    accepted = strategy.accepts(found.pattern)
+    constants = {name: value for name, value in {**scalars, GROUP: found.bound[GROUP]}.items() if name in accepted}
+    names = found.pattern.outputs if strategy.outputs is None else strategy.outputs
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = strategy.impl(**dict(zip(fakes, tensors, strict=True)), **constants)
+        results = dict(zip(names, given if isinstance(given, tuple | list) else (given,), strict=True))
+        return tuple(results[name] for name in live)
+
+    try:
+        with torch.no_grad():
+            traced = make_fx(run, decompositions, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes.values())
+    except Exception as error:  # noqa: BLE001  # a plugin's code: whatever it raises becomes the reason at this site
+        found_text = f"tracing {strategy.name} raised {type(error).__name__}: {error}"
+        raise Unplaceable(Reason("trace", found_text, "an impl that runs on fake tensors")) from error
+    traced.graph.eliminate_dead_code()
+    if held := next((node for node in traced.graph.nodes if node.op == "get_attr"), None):
+        raise Unplaceable(Reason("trace", f"{strategy.name} holds a tensor of its own ({held.target})", "tensors that come in as arguments"))
+    return traced
+
+
+def _results(candidate: Candidate, traced: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The traced outputs by name, checked against what the site had."""
+    outputs = candidate.match.outputs
+    returned = traced.graph.output_node().args[0]
+    results = {name: node.meta["val"] for name, node in zip(outputs, returned, strict=True)}  # type: ignore[arg-type,union-attr]
+    for name, value in results.items():
+        wanted = outputs[name].meta["val"]
+        if value.dtype != wanted.dtype or value.numel() != wanted.numel() or value.device != wanted.device:
+            found = f"{candidate.strategy.name} gives {name} as {TensorMeta.of(value)} on {value.device}"
+            raise Unplaceable(Reason("output", found, f"{dtype_name(wanted.dtype)} of {tuple(wanted.shape)} on {wanted.device}", name))
+    return results
+
+
+class _Inserter:
+    """Inserts nodes one behind another, with the metadata that later passes read."""
+
+    def __init__(self, graph: fx.Graph, position: dict[fx.Node, int], place: fx.Node, source: fx.Node, strategy: str) -> None:
+        self.graph = graph
+        self.position = position
+        self.place = place
+        inherited = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "seq_nr")
+        self.meta = {key: source.meta[key] for key in inherited if key in source.meta} | {PROVENANCE: strategy}
+
+    def __call__(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        kwargs = kwargs or {}
+        with self.graph.inserting_after(self.place):
+            node = self.graph.call_function(target, args, kwargs)
+        values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        node.meta |= {**self.meta, "val": target(*values, **keywords)}
+        # as late as the node before it: enough to compare with nodes that were there from the start
+        self.position[node] = self.position[self.place]
+        self.place = node
+        return node
+
+    def copy(self, traced: fx.GraphModule, inputs: list[fx.Node]) -> list[fx.Node]:
+        """A traced strategy, node for node, on the graph's own inputs; what it returns."""
+        copied: dict[fx.Node, fx.Node] = {}
+        remaining = iter(inputs)
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                copied[node] = next(remaining)
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), copied.__getitem__)
+                copied[node] = self(node.target, args, kwargs)
+        return [copied[node] for node in traced.graph.output_node().args[0]]

@@ -1,0 +1,22 @@
+"""Every error that fusion_core raises on purpose."""
+
+
+class FusionError(Exception):
+    """Base of all errors of fusion_core."""
+
+
+class ConfigError(FusionError, ValueError):
+    """A configuration value, argument or environment variable that cannot be used."""
+
+
+class BackendError(FusionError):
+    """A backend that cannot be loaded, or that breaks a rule of the plugin interface."""
+
+
+class PatternError(FusionError):
+    """A pattern or dialect whose definition cannot be used, or a pattern name nobody defined."""
+
+
+for _error in (FusionError, ConfigError, BackendError, PatternError):
+    _error.__module__ = "fusion_core"  # tracebacks then show the path that users import from
+del _error

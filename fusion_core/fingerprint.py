@@ -1,0 +1,80 @@
+"""One key for all that a compiled graph hangs on."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as distribution_version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fusion_core.registry import Registry
+from fusion_core.site import Device
+from fusion_core.strategy import Strategy
+
+
+def version() -> str:
+    """The version of fusion_core."""
+    try:
+        return distribution_version("fusion-core")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def fingerprint(registry: Registry, dry_run: bool = False) -> str:
+    """A hash over core's and all plugins' sources and versions, declarations, order, configuration and device.
+
+    Whatever changes a decision or what is emitted must change it: a graph from Inductor's cache is never looked at
+    again.
+    """
+    device = Device.here()
+    parts: list[object] = [version(), torch.__version__, _sources(Path(__file__).parent), registry.config, dry_run, device, registry.tiers]
+    parts += [(pattern.name, pattern.signature(), _source(pattern.function)) for _, pattern in sorted(registry.patterns.items())]
+    for backend in registry.backends.values():
+        parts += [backend.name, backend.distribution, _module_sources(backend.plugin), backend.dialects]
+        parts += [_declaration(strategy) for strategy in backend.strategies]
+        parts += [registry.unavailable(backend.name, kind) for kind in (device, Device("cpu"))]
+    parts.append(tuple(map(str, registry.failures)))
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _declaration(strategy: Strategy) -> tuple[object, ...]:
+    """A strategy without the address of its impl, which differs between processes."""
+    values = (getattr(strategy, each.name) for each in fields(strategy) if each.name != "impl")
+    return (*values, _source(strategy.impl))
+
+
+@functools.cache
+def _sources(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _module_sources(plugin: ModuleType | Any) -> str:
+    file = getattr(plugin, "__file__", None)
+    if file is None:
+        return type(plugin).__qualname__  # a plugin that is no module
+    path = Path(file)
+    return _sources(path.parent) if path.name == "__init__.py" else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _source(function: Any) -> str:
+    schema = getattr(function, "_schema", None) or getattr(getattr(function, "_opoverload", None), "_schema", None)
+    if schema is not None:
+        return str(schema)
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return getattr(function, "__qualname__", type(function).__qualname__)

@@ -1,0 +1,45 @@
+"""The reports of this process, oldest first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fusion_core.report import Report
+
+_reports: list[Report] = []
+_lock = threading.Lock()
+_listener = threading.local()
+
+
+def record(report: Report) -> None:
+    """Keep a report; a surrounding `collecting` of the same thread sees it too."""
+    with _lock:
+        _reports.append(report)
+    for heard in getattr(_listener, "stack", ()):
+        heard.append(report)
+
+
+@contextmanager
+def collecting() -> Iterator[list[Report]]:
+    """The reports that this thread records while the block runs."""
+    heard: list[Report] = []
+    stack = _listener.__dict__.setdefault("stack", [])
+    stack.append(heard)
+    try:
+        yield heard
+    finally:
+        stack.remove(heard)
+
+
+def reports() -> tuple[Report, ...]:
+    """The reports of all graphs compiled in this process, oldest first."""
+    with _lock:
+        return tuple(_reports)
+
+
+def last_report() -> Report | None:
+    """The report of the newest graph compiled in this process; None where none was."""
+    with _lock:
+        return _reports[-1] if _reports else None

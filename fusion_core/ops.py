@@ -1,0 +1,128 @@
+"""Each pattern as an eager function, for code that places fusions by hand.
+
+``fusion_core.ops.all_reduce_add_rms_norm(x, residual, weight, eps, group=group)`` runs the best usable strategy for
+these tensors. Inside ``torch.compile`` it is the pattern's plain definition, which the pass then finds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fusion_core.config import FusionConfig
+from fusion_core.decide import preference, weigh
+from fusion_core.errors import BackendError, ConfigError
+from fusion_core.groups import group_name, world_size
+from fusion_core.patterns.definition import GROUP, Pattern
+from fusion_core.patterns import CORE_PATTERNS
+from fusion_core.reason import Stage
+from fusion_core.registry import Registry
+from fusion_core.site import Device, Site, TensorMeta
+from fusion_core.strategy import Strategy
+
+_registry_for = functools.lru_cache(maxsize=64)(Registry.load)
+
+
+def eager(pattern: Pattern) -> Callable[..., Any]:
+    """The eager function of a pattern."""
+
+    def call(
+        *args: Any,
+        group: torch.distributed.ProcessGroup | str | None = None,
+        config: FusionConfig | None = None,
+        outputs: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        wanted = tuple(pattern.returns if outputs is None else outputs)
+        if not wanted or not set(wanted) <= set(pattern.outputs):
+            raise ConfigError(f"outputs are {wanted}, needs some of {pattern.outputs}")
+        bound = pattern.bind(args, kwargs)
+        name = group_name(group)
+        if torch.compiler.is_compiling():
+            given = pattern.function(**bound, **{GROUP: name})
+            names = pattern.outputs
+        else:
+            _check(pattern, bound)
+            strategy = _choose(pattern, bound, name, wanted, config)
+            accepted = strategy.accepts(pattern)
+            scalars = {key: value for key, value in bound.items() if key in pattern.scalars and key in accepted}
+            tensors = {key: bound[key] for key in pattern.tensors}
+            given = strategy.impl(**tensors, **scalars, **({GROUP: name} if GROUP in accepted else {}))
+            names = strategy.outputs or pattern.outputs
+        results = dict(zip(names, given if isinstance(given, tuple | list) else (given,), strict=True))
+        return results[wanted[0]] if len(wanted) == 1 else tuple(results[each] for each in wanted)
+
+    functools.update_wrapper(call, pattern.function)
+    return call
+
+
+def _check(pattern: Pattern, bound: dict[str, Any]) -> None:
+    """Raise where tensors do not fit each other: what a graph's tracing would have found."""
+    x = bound["x"]
+    for name in pattern.tensors:
+        tensor = bound[name]
+        if tensor is None and not pattern.parameters[name].optional:
+            raise ConfigError(f"{pattern.name}: {name} is None, needs a tensor")
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise ConfigError(f"{pattern.name}: {name} is {type(tensor).__name__}, needs a tensor")
+        if not tensor.is_floating_point():
+            raise ConfigError(f"{pattern.name}: {name} is {tensor.dtype}, needs a floating dtype")
+        if tensor.device != x.device:
+            raise ConfigError(f"{pattern.name}: {name} is on {tensor.device} and x on {x.device}, needs one device for all")
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ConfigError(f"{pattern.name}: {name} requires grad, needs torch.no_grad(): an eager fused collective has no backward")
+        if name in pattern.elementwise and tensor.shape != x.shape:
+            raise ConfigError(f"{pattern.name}: {name} has shape {tuple(tensor.shape)}, needs x's, {tuple(x.shape)}")
+        if name == "weight" and (x.dim() == 0 or tensor.shape != x.shape[-1:]):
+            raise ConfigError(f"{pattern.name}: weight has shape {tuple(tensor.shape)}, needs x's last dimension, {tuple(x.shape[-1:])}")
+
+
+def _choose(pattern: Pattern, bound: dict[str, Any], group: str, wanted: tuple[str, ...], config: FusionConfig | None) -> Strategy:
+    """The best usable strategy for these tensors; decided once for tensors of one form."""
+    config = FusionConfig() if config is None else config
+    tensors = [(name, TensorMeta.of(bound[name])) for name in pattern.tensors if bound[name] is not None]
+    scalars = [(name, bound[name]) for name in pattern.scalars]
+    key = (pattern.name, tuple(tensors), tuple(scalars), bound["x"].device, group, wanted, config)
+    if key not in _chosen:
+        _chosen[key] = _decide(pattern, bound, dict(tensors), group, wanted, config)
+    return _chosen[key]
+
+
+_chosen: dict[Any, Strategy] = {}
+
+
+def _decide(
+    pattern: Pattern, bound: dict[str, Any], inputs: dict[str, TensorMeta], group: str, wanted: tuple[str, ...], config: FusionConfig
+) -> Strategy:
+    registry = _registry_for(config)
+    size = world_size(group)
+    assert size is not None
+    mode = FakeTensorMode()
+    with mode:
+        fakes = {name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in bound.items()}
+        given = pattern.function(**fakes, **{GROUP: group})
+    results = dict(zip(pattern.outputs, given if isinstance(given, tuple) else (given,), strict=True))
+    outputs = {name: TensorMeta.of(results[name]) for name in wanted}
+    scalars = {name: bound[name] for name in pattern.scalars}
+    site = Site(pattern.name, "ops", inputs, outputs, scalars, Device.of(bound["x"].device), size, group)
+    reasons, usable = [], []
+    for strategy in registry.strategies(pattern.name):
+        stage, why = weigh(strategy, pattern, site, registry)
+        if stage is Stage.CHOSEN:
+            usable.append(strategy)
+        reasons.extend(f"{strategy.name}: {reason}" for reason in why)
+    if not usable:
+        raise BackendError(f"no strategy can run {pattern.name} here: {'; '.join(reasons) or 'no backend in use has one'}")
+    return min(usable, key=lambda strategy: preference(registry, strategy, pattern))  # type: ignore[arg-type,return-value]
+
+
+for _pattern in CORE_PATTERNS:
+    globals()[_pattern.name] = eager(_pattern)
+
+__all__ = [_pattern.name for _pattern in CORE_PATTERNS]  # noqa: PLE0605

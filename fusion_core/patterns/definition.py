@@ -1,0 +1,177 @@
+"""A fusible computation, defined by a plain torch function over the neutral vocabulary."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fusion_core.errors import PatternError
+from fusion_core.vocabulary.operation import Recorder, Step, Symbol
+
+GROUP = "group"
+"""The parameter of every pattern that names the process group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of a pattern: a tensor or a scalar.
+
+    Attributes:
+        name: Its name.
+        is_tensor: Whether it is a tensor.
+        required: Whether it has no default.
+        default: Its default.
+        optional: Whether None may stand for it, as for a norm without weight.
+    """
+
+    name: str
+    is_tensor: bool
+    required: bool = True
+    default: Any = None
+    optional: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """A fusible computation: search graph, oracle and fallback in one function.
+
+    The function takes tensors, scalars and the keyword ``group``, calls words of the vocabulary only, starts from one
+    ``all_reduce``, and returns every value that a user of the place may want, in the order of ``outputs``. Called with
+    float64 tensors it is the oracle.
+
+    Attributes:
+        function: The definition. Its name is the pattern's name.
+        outputs: Names of what it returns, in order.
+        returns: The outputs that the eager function of the same name returns unless asked for others.
+        parameters: Its parameters but ``group``, by name.
+        steps: The definition written down, operation by operation; the first is the all_reduce.
+    """
+
+    function: Callable[..., Any]
+    outputs: tuple[str, ...]
+    returns: tuple[str, ...]
+    parameters: dict[str, Parameter] = field(init=False)
+    steps: tuple[Step, ...] = field(init=False)
+    values: tuple[Symbol, ...] = field(init=False)
+    """The symbol behind each output, in the order of ``outputs``."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", _parameters(self.function))
+        steps, values = _record(self)
+        object.__setattr__(self, "steps", steps)
+        object.__setattr__(self, "values", values)
+        if unknown := [name for name in self.returns if name not in self.outputs]:
+            raise PatternError(f"pattern {self.name!r} returns {unknown}, needs names among its outputs {self.outputs}")
+
+    @property
+    def name(self) -> str:
+        """The pattern's name."""
+        return self.function.__name__
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensor parameters, in order."""
+        return tuple(p.name for p in self.parameters.values() if p.is_tensor)
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """Names of the scalar parameters, in order."""
+        return tuple(p.name for p in self.parameters.values() if not p.is_tensor)
+
+    @functools.cached_property
+    def elementwise(self) -> frozenset[str]:
+        """Tensor parameters that are added to x or to what became of it, and so have its shape."""
+        added = (operand for step in self.steps if step.operation.commutative for operand in step.operands.values())
+        return frozenset(o.name for o in added if isinstance(o, Symbol) and o.step is None) & frozenset(self.tensors)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Names of the operations it is made of, in order."""
+        return tuple(step.operation.name for step in self.steps)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by parameter name, ``group`` left out, defaults filled in.
+
+        Raises:
+            TypeError: where they do not fit the definition.
+        """
+        positional = tuple(self.parameters)[: self._positional]
+        given = {**dict(zip(positional, args, strict=False)), **kwargs}
+        missing = [p.name for p in self.parameters.values() if p.required and p.name not in given]
+        unknown = [name for name in kwargs if name not in self.parameters or name in positional[: len(args)]]
+        if missing or unknown or len(args) > len(positional):
+            found = f"{len(args)} positional arguments and {', '.join(kwargs) or 'no keywords'}"
+            raise TypeError(f"{self.name} got {found}, needs {self.signature()}")
+        return {name: given.get(name, parameter.default) for name, parameter in self.parameters.items()}
+
+    @functools.cached_property
+    def _positional(self) -> int:
+        kinds = [p.kind for p in inspect.signature(self.function).parameters.values() if p.name != GROUP]
+        return sum(kind is not inspect.Parameter.KEYWORD_ONLY for kind in kinds)
+
+    def signature(self) -> str:
+        """The definition's head, for messages."""
+        return f"{self.name}{inspect.signature(self.function)}"
+
+    def __repr__(self) -> str:
+        return f"Pattern({self.name!r})"
+
+
+def pattern(*, outputs: tuple[str, ...], returns: tuple[str, ...] | None = None) -> Callable[[Callable[..., Any]], Pattern]:
+    """Make the function below a pattern, under the function's own name.
+
+    Args:
+        outputs: Names of what it returns, in order.
+        returns: The outputs that the eager function returns by default; None for all.
+    """
+    return lambda function: Pattern(function, outputs, outputs if returns is None else returns)
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
+    name = getattr(function, "__name__", repr(function))
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError as error:
+        raise PatternError(f"pattern {name!r}: {error}, needs annotations that can be resolved") from error
+    signature = inspect.signature(function)
+    if GROUP not in signature.parameters:
+        raise PatternError(f"pattern {name!r} is {name}{signature}, needs a parameter {GROUP!r}")
+    parameters = {}
+    for parameter in signature.parameters.values():
+        if parameter.name == GROUP:
+            continue
+        if parameter.name not in hints:
+            raise PatternError(f"pattern {name!r}: parameter {parameter.name!r} has no annotation, needs torch.Tensor or a scalar type")
+        hint = hints[parameter.name]
+        is_tensor = hint is torch.Tensor or torch.Tensor in typing.get_args(hint)
+        required = parameter.default is inspect.Parameter.empty
+        default = None if required else parameter.default
+        parameters[parameter.name] = Parameter(parameter.name, is_tensor, required, default, type(None) in typing.get_args(hint))
+    return parameters
+
+
+def _record(pattern: Pattern) -> tuple[tuple[Step, ...], tuple[Symbol, ...]]:
+    symbols = {name: Symbol(name) for name in (*pattern.parameters, GROUP)}
+    try:
+        with Recorder() as recorder:
+            returned = pattern.function(**symbols)
+    except (TypeError, AttributeError) as error:
+        raise PatternError(
+            f"pattern {pattern.name!r} cannot be read: {error}; it needs to call words of the vocabulary only"
+        ) from error
+    values = returned if isinstance(returned, tuple) else (returned,)
+    if len(values) != len(pattern.outputs) or not all(isinstance(value, Symbol) and value.step for value in values):
+        raise PatternError(f"pattern {pattern.name!r} returns {len(values)} values, needs {pattern.outputs}, each a word's result")
+    words = [step.operation.name for step in recorder.steps]
+    if words[:1] != ["all_reduce"] or words.count("all_reduce") != 1:
+        raise PatternError(f"pattern {pattern.name!r} is made of {words}, needs exactly one all_reduce, and that first")
+    operands = recorder.steps[0].operands
+    if operands["x"] is not symbols.get("x") or operands["group"] is not symbols[GROUP]:
+        raise PatternError(f"pattern {pattern.name!r} reduces {operands}, needs all_reduce(x, {GROUP}) of its own parameters")
+    return tuple(recorder.steps), values

@@ -1,0 +1,52 @@
+"""Why something was refused: a value, never a bare False."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One refusal: what was found and what would do.
+
+    Attributes:
+        code: A short stable word for programs: ``"dtype"``, ``"world_size"``, ``"import"``, ...
+        found: What was found, as a phrase: ``"x is float64"``.
+        needs: What would do, as a phrase, or empty where nothing would: ``"bfloat16 or float16"``.
+        arg: The argument that is to blame, where there is one.
+        hint: The next step, where there is one: a command, an option, an issue.
+    """
+
+    code: str
+    found: str
+    needs: str = ""
+    arg: str | None = None
+    hint: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.found}, needs {self.needs}" if self.needs else self.found
+        return f"{text}; {self.hint}" if self.hint else text
+
+    def to_dict(self) -> dict[str, str | None]:
+        """The reason as plain JSON types."""
+        return {"code": self.code, "found": self.found, "needs": self.needs, "arg": self.arg, "hint": self.hint}
+
+
+class Stage(IntEnum):
+    """How far a strategy got at a site; a refusal at a later stage is the nearer miss."""
+
+    UNAVAILABLE = 1
+    """Its backend cannot be used on this device."""
+    STRUCTURE = 2
+    """Its pattern does not stand at this place."""
+    REQUIRES = 3
+    """The pattern stands here, but the strategy cannot run it correctly."""
+    WORTHWHILE = 4
+    """It can run here, but is not known to be faster."""
+    REPLACEMENT = 5
+    """It was chosen, and could not be put into the graph."""
+    OUTRANKED = 6
+    """It can and should run here; another one comes first."""
+    CHOSEN = 7
+    """It runs here."""

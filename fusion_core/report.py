@@ -1,0 +1,194 @@
+"""Every decision about one graph, as values, as text, as JSON and as a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusion_core.decide import Decision
+from fusion_core.reason import Reason, Stage
+from fusion_core.site import Site, dtype_name
+
+SCHEMA = 1
+"""Version of `Report.to_dict`'s form; it changes where a reader of the old form would be misled."""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What was decided at one all_reduce.
+
+    Attributes:
+        pattern: The pattern that is fused there; where nothing is, the longest one that stands there, or
+            ``"all_reduce"``.
+        strategy: ``"backend.name"``, or None where nothing is fused.
+        node: A label of the all_reduce.
+        attributes: The pattern's scalars (``eps``, ``weight_bias``, ...), its tensors as text under ``inputs``, the
+            names of its live outputs under ``live``, the ``group`` and the ``world_size``.
+        decisions: For every strategy of every pattern, how far it got and why no further.
+    """
+
+    pattern: str
+    strategy: str | None
+    node: str
+    attributes: Mapping[str, Any]
+    decisions: tuple[Decision, ...]
+
+    def near_miss(self) -> Decision | None:
+        """The refused decision that says most: of the strategies that beat the chosen one's pattern, the furthest."""
+        refused = [d for d in self.decisions if Stage.STRUCTURE <= d.stage < Stage.OUTRANKED]
+        return max(refused, key=lambda d: d.stage, default=None)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every decision about one graph.
+
+    Attributes:
+        sites: One for each all_reduce of the graph, fused or not, in graph order.
+        failures: Backends that failed to load, as text.
+        unavailable: Backends that cannot be used on this device → why.
+        device: The device that the decisions were made for.
+        order: The backends that were asked, best first.
+        origin: ``"compiled"``, ``"explained"`` (a dry run), or ``"cache"``: the graph came from the compile cache and
+            the pass did not run; this is what it recorded when the graph was compiled.
+        compiled_at: When the pass ran, as an ISO time in UTC.
+        versions: Of torch and fusion_core at that time.
+    """
+
+    sites: tuple[SiteReport, ...]
+    failures: tuple[str, ...] = ()
+    unavailable: Mapping[str, tuple[Reason, ...]] = field(default_factory=dict)
+    device: str = ""
+    order: tuple[str, ...] = ()
+    origin: str = "compiled"
+    compiled_at: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def fused(self) -> tuple[SiteReport, ...]:
+        """The sites that a strategy was chosen for."""
+        return tuple(site for site in self.sites if site.strategy is not None)
+
+    def __str__(self) -> str:
+        from fusion_core.report_text import text
+
+        return text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types; `from_dict` takes it back."""
+        return {
+            "schema": SCHEMA,
+            "origin": self.origin,
+            "compiled_at": self.compiled_at,
+            "versions": dict(self.versions),
+            "device": self.device,
+            "order": list(self.order),
+            "failures": list(self.failures),
+            "unavailable": {name: [reason.to_dict() for reason in reasons] for name, reasons in self.unavailable.items()},
+            "sites": [
+                {
+                    "pattern": site.pattern,
+                    "strategy": site.strategy,
+                    "node": site.node,
+                    "attributes": _plain(site.attributes),
+                    "decisions": [
+                        {
+                            "pattern": decision.pattern,
+                            "strategy": decision.strategy,
+                            "stage": decision.stage.name,
+                            "reasons": [reason.to_dict() for reason in decision.reasons],
+                        }
+                        for decision in site.decisions
+                    ],
+                }
+                for site in self.sites
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The report that `to_dict` gave.
+
+        Raises:
+            ValueError: where the form is another version's.
+        """
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"the report has schema {data.get('schema')!r}, needs {SCHEMA}")
+
+        def reasons(items: list[dict[str, Any]]) -> tuple[Reason, ...]:
+            return tuple(Reason(**item) for item in items)
+
+        sites = tuple(
+            SiteReport(
+                site["pattern"],
+                site["strategy"],
+                site["node"],
+                site["attributes"],
+                tuple(Decision(d["pattern"], d["strategy"], Stage[d["stage"]], reasons(d["reasons"])) for d in site["decisions"]),
+            )
+            for site in data["sites"]
+        )
+        return cls(
+            sites,
+            tuple(data["failures"]),
+            {name: reasons(items) for name, items in data["unavailable"].items()},
+            data["device"],
+            tuple(data["order"]),
+            data["origin"],
+            data["compiled_at"],
+            data["versions"],
+        )
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one self-contained HTML page; an existing file is replaced as a whole."""
+        from fusion_core.report_html import page
+
+        write_whole(Path(path), page(self))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new one, and never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def site_attributes(site: Site) -> dict[str, Any]:
+    """A site's facts as a report shows them."""
+    return {
+        **site.attributes,
+        "inputs": {name: str(meta) for name, meta in site.inputs.items()},
+        "live": {name: str(meta) for name, meta in site.outputs.items()},
+        "group": site.group,
+        "world_size": site.world_size,
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value)
+
+
+def to_json(report: Report) -> str:
+    """The report as JSON text."""
+    return json.dumps(report.to_dict())

@@ -1,0 +1,111 @@
+"""A report as text: a line a site, then what was refused and why, then what cannot be used here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from fusion_core.decide import Decision
+from fusion_core.reason import Stage
+from fusion_core.report import Report, SiteReport
+from fusion_core.site import dtype_name
+
+_ORIGINS = {
+    "compiled": "",
+    "explained": "dry run: nothing was changed; ",
+    "cache": "from the compile cache, as recorded when it was compiled at {compiled_at}; ",
+}
+_FLAGS = {"weight_bias": 0.0}
+"""Attributes that are shown only where they differ from this, or from None."""
+
+
+def text(report: Report) -> str:
+    """The report as text, without a trailing newline."""
+    return "\n".join(_lines(report))
+
+
+def _lines(report: Report) -> Iterator[str]:
+    total, fused = len(report.sites), len(report.fused)
+    origin = _ORIGINS[report.origin].format(compiled_at=report.compiled_at)
+    verb = "would be fused" if report.origin == "explained" else "fused"
+    if not total:
+        yield f"fusion_core: {origin}no all_reduce in this graph on {report.device}, nothing to fuse"
+    else:
+        yield f"fusion_core: {origin}{fused} of {total} all_reduces {verb} on {report.device}"
+        yield ""
+        yield from _table([_site_row(site) for site in report.sites])
+    if refused := list(_refusals(report.sites)):
+        yield ""
+        yield "refused:"
+        yield from refused
+    not_usable = [f"  {name}: {'; '.join(map(str, reasons))}" for name, reasons in report.unavailable.items()]
+    if not_usable or report.failures:
+        yield ""
+        yield "not usable here:"
+        yield from not_usable
+        yield from (f"  {failure}" for failure in report.failures)
+    if total and not report.order:
+        yield ""
+        yield "no backend is in use (order is empty, or none loads)"
+
+
+def _site_row(site: SiteReport) -> tuple[str, ...]:
+    return site.node, site.pattern, f"-> {site.strategy}" if site.strategy else "not fused", _facts(site.attributes)
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _facts(attributes: Mapping[str, Any]) -> str:
+    if not attributes:
+        return ""
+    words = [f"x {attributes['inputs']['x']}"]
+    for name, value in attributes.items():
+        if name in ("inputs", "live", "group", "world_size") or value is None or _FLAGS.get(name) == value:
+            continue
+        words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {_value(value)}")
+    words.append(f"live {' + '.join(attributes['live']) or 'nothing'}")
+    words.append(f"world size {attributes['world_size']}")
+    return ", ".join(words)
+
+
+def _value(value: Any) -> str:
+    return dtype_name(value) if type(value).__name__ == "dtype" else str(value)
+
+
+def _refusals(sites: Iterable[SiteReport]) -> Iterator[str]:
+    """Refusals that say something, one line for all sites that share it."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for site in sites:
+        for subject, why in dict.fromkeys(_worth_saying(site)):
+            where.setdefault((subject, why), []).append(site.node)
+    for (subject, why), nodes in where.items():
+        places = ", ".join(nodes[:3]) + (f" and {len(nodes) - 3} more" if len(nodes) > 3 else "")
+        yield f"  {subject}: {why} (at {places})"
+
+
+def _worth_saying(site: SiteReport) -> Iterator[tuple[str, str]]:
+    for decision in site.decisions:
+        if decision.stage is Stage.STRUCTURE:
+            if _is_telling(site, decision):
+                yield decision.pattern, "; ".join(map(str, decision.reasons))
+        elif decision.stage in (Stage.REQUIRES, Stage.WORTHWHILE, Stage.REPLACEMENT, Stage.OUTRANKED) and _is_rival(site, decision):
+            yield f"{decision.strategy} [{decision.stage.name.lower()}]", "; ".join(map(str, decision.reasons))
+
+
+def _is_telling(site: SiteReport, decision: Decision) -> bool:
+    """Whether a pattern that does not stand here nearly does: more than "another operator follows", or nothing longer stands."""
+    codes = {reason.code for reason in decision.reasons}
+    return codes != {"structure"} or (site.pattern == "all_reduce" and decision.pattern in ("all_reduce_add_rms_norm", "all_reduce_rms_norm"))
+
+
+def _is_rival(site: SiteReport, decision: Decision) -> bool:
+    """Whether a strategy might have been expected to run: not the chosen backend's own shorter forms."""
+    chosen = (site.strategy or "").partition(".")[0]
+    return decision.stage is not Stage.OUTRANKED or (decision.strategy or "").partition(".")[0] != chosen
+
+
+__all__ = ["text"]

@@ -1,0 +1,303 @@
+"""Conditions as data: one object is the guard, the message, a line of the support table and a part of the cache key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from fusion_core.reason import Reason
+from fusion_core.site import Dim, Site, dtype_name
+
+
+@runtime_checkable
+class Requirement(Protocol):
+    """A condition on a site.
+
+    ``str()`` states it positively (``"x in bfloat16, float16"``); ``repr()`` tells two different ones apart, because
+    it is a part of the compile-cache key. A dataclass has such a repr by itself.
+    """
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why ``site`` does not meet the condition, or None where it does."""
+        ...
+
+
+def _or(values: tuple[Any, ...]) -> str:
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _holds(condition: Callable[[], Any]) -> bool | None:
+    """Whether a condition on sizes holds; None where it hangs on a size known only at run time.
+
+    A condition on a backed symbol is evaluated by its hint and adds a guard: torch recompiles where it is violated.
+    """
+    try:
+        return bool(condition())
+    except RuntimeError as error:
+        # imported here: it brings sympy, and most sizes are plain integers
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+        if isinstance(error, GuardOnDataDependentSymNode):
+            return None
+        raise
+
+
+def _size_reason(code: str, arg: str, found: str, needs: str, known: bool | None) -> Reason | None:
+    if known:
+        return None
+    if known is None:
+        return Reason(code, f"{found}, which is known only at run time", needs, arg, "call torch._check on it, or mark it static")
+    return Reason(code, found, needs, arg)
+
+
+@dataclass(frozen=True, init=False)
+class OnDevice:
+    """The tensors are on a device of one of these types."""
+
+    types: tuple[str, ...]
+
+    def __init__(self, *types: str) -> None:
+        object.__setattr__(self, "types", types)
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why the site's device is of no such type."""
+        if site.device.type in self.types:
+            return None
+        return Reason("device", f"device is {site.device}", _or(self.types))
+
+    def __str__(self) -> str:
+        return f"device {_or(self.types)}"
+
+
+@dataclass(frozen=True, init=False)
+class Arch:
+    """The device is of one of these architectures: ``Arch("sm_90", "sm_100")``."""
+
+    archs: tuple[str, ...]
+
+    def __init__(self, *archs: str) -> None:
+        object.__setattr__(self, "archs", archs)
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why the site's architecture is none of these."""
+        if site.device.arch in self.archs:
+            return None
+        return Reason("arch", f"device is {site.device}", _or(self.archs))
+
+    def __str__(self) -> str:
+        return f"architecture {_or(self.archs)}"
+
+
+@dataclass(frozen=True, init=False)
+class WorldSize:
+    """The process group has one of these numbers of ranks."""
+
+    sizes: tuple[int, ...]
+
+    def __init__(self, *sizes: int) -> None:
+        object.__setattr__(self, "sizes", sizes)
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why the group has none of these sizes."""
+        if site.world_size in self.sizes:
+            return None
+        return Reason("world_size", f"world size is {site.world_size}", _or(self.sizes))
+
+    def __str__(self) -> str:
+        return f"world size {_or(self.sizes)}"
+
+
+@dataclass(frozen=True, init=False)
+class DType:
+    """A tensor, where the site has it, is of one of these dtypes."""
+
+    arg: str
+    dtypes: tuple[torch.dtype, ...]
+
+    def __init__(self, arg: str, *dtypes: torch.dtype) -> None:
+        object.__setattr__(self, "arg", arg)
+        object.__setattr__(self, "dtypes", dtypes)
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why the tensor is of none of these dtypes."""
+        tensor = site.tensor(self.arg)
+        if tensor is None or tensor.dtype in self.dtypes:
+            return None
+        return Reason("dtype", f"{self.arg} is {dtype_name(tensor.dtype)}", self._names(), self.arg)
+
+    def _names(self) -> str:
+        return _or(tuple(map(dtype_name, self.dtypes)))
+
+    def __str__(self) -> str:
+        return f"{self.arg} in {self._names()}"
+
+
+@dataclass(frozen=True, init=False)
+class SameDType:
+    """Those of the named tensors that the site has are of one dtype, that of the first."""
+
+    args: tuple[str, ...]
+
+    def __init__(self, *args: str) -> None:
+        object.__setattr__(self, "args", args)
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Which tensor has another dtype than the first."""
+        present = [(name, tensor) for name in self.args if (tensor := site.tensor(name)) is not None]
+        for name, tensor in present[1:]:
+            first_name, first = present[0]
+            if tensor.dtype != first.dtype:
+                needs = f"{dtype_name(first.dtype)}, the dtype of {first_name}"
+                return Reason("same_dtype", f"{name} is {dtype_name(tensor.dtype)}", needs, name)
+        return None
+
+    def __str__(self) -> str:
+        return f"one dtype for {', '.join(self.args)}"
+
+
+@dataclass(frozen=True)
+class MultipleOf:
+    """One size of a tensor, where the site has it, is a multiple of a number."""
+
+    arg: str
+    dim: int
+    of: int
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why the size is no such multiple."""
+        tensor = site.tensor(self.arg)
+        if tensor is None:
+            return None
+        if not -len(tensor.shape) <= self.dim < len(tensor.shape):
+            found = f"{self.arg} has {len(tensor.shape)} dimensions"
+            return Reason("multiple_of", found, f"a dimension {self.dim}", self.arg)
+        size: Dim = tensor.shape[self.dim]
+        found = f"{self.arg}.shape[{self.dim}] is {size}"
+        known = _holds(lambda: size % self.of == 0)
+        return _size_reason("multiple_of", self.arg, found, f"a multiple of {self.of}", known)
+
+    def __str__(self) -> str:
+        return f"{self.arg}.shape[{self.dim}] a multiple of {self.of}"
+
+
+@dataclass(frozen=True)
+class SizeBetween:
+    """One size of a tensor, where the site has it, lies between two bounds, both included."""
+
+    arg: str
+    dim: int
+    low: int
+    high: int
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why the size lies outside."""
+        tensor = site.tensor(self.arg)
+        if tensor is None:
+            return None
+        if not -len(tensor.shape) <= self.dim < len(tensor.shape):
+            found = f"{self.arg} has {len(tensor.shape)} dimensions"
+            return Reason("size", found, f"a dimension {self.dim}", self.arg)
+        size: Dim = tensor.shape[self.dim]
+        known = _holds(lambda: self.low <= size and size <= self.high)
+        found = f"{self.arg}.shape[{self.dim}] is {size}"
+        return _size_reason("size", self.arg, found, f"{self.low} to {self.high}", known)
+
+    def __str__(self) -> str:
+        return f"{self.arg}.shape[{self.dim}] in {self.low} to {self.high}"
+
+
+@dataclass(frozen=True, init=False)
+class Dimensions:
+    """A tensor, where the site has it, has one of these numbers of dimensions."""
+
+    arg: str
+    counts: tuple[int, ...]
+
+    def __init__(self, arg: str, *counts: int) -> None:
+        object.__setattr__(self, "arg", arg)
+        object.__setattr__(self, "counts", counts)
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why the tensor has another number of dimensions."""
+        tensor = site.tensor(self.arg)
+        if tensor is None or len(tensor.shape) in self.counts:
+            return None
+        return Reason("dimensions", f"{self.arg} has {len(tensor.shape)} dimensions", _or(self.counts), self.arg)
+
+    def __str__(self) -> str:
+        return f"{self.arg} with {_or(self.counts)} dimensions"
+
+
+@dataclass(frozen=True)
+class Contiguous:
+    """A tensor, where the site has it, is contiguous in row-major order."""
+
+    arg: str
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why the tensor is not contiguous."""
+        tensor = site.tensor(self.arg)
+        if tensor is None or tensor.stride is None:
+            return None
+        expected: Dim = 1
+        for size, stride in reversed(list(zip(tensor.shape, tensor.stride, strict=True))):
+            known = _holds(lambda size=size, stride=stride, expected=expected: size == 1 or stride == expected)  # type: ignore[misc]
+            if not known:
+                found = f"{self.arg} has strides {tuple(map(str, tensor.stride))}".replace("'", "")
+                return _size_reason("contiguous", self.arg, found, "a contiguous tensor", known)
+            expected = expected * size
+        return None
+
+    def __str__(self) -> str:
+        return f"{self.arg} contiguous"
+
+
+@dataclass(frozen=True, init=False)
+class LiveOutputs:
+    """No other outputs than these are used outside the site."""
+
+    outputs: tuple[str, ...]
+
+    def __init__(self, *outputs: str) -> None:
+        object.__setattr__(self, "outputs", outputs)
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Which live output is none of these."""
+        for name in site.outputs:
+            if name not in self.outputs:
+                needs = f"no other live outputs than {_or(self.outputs)}" if self.outputs else "no live outputs"
+                return Reason("live_outputs", f"{name} is used outside the site", needs, name)
+        return None
+
+    def __str__(self) -> str:
+        return f"live outputs among {', '.join(self.outputs)}"
+
+
+@dataclass(frozen=True, init=False)
+class Attribute:
+    """A scalar of the site has one of these values: ``Attribute("weight_bias", 0.0, 1.0)``."""
+
+    name: str
+    values: tuple[Any, ...]
+
+    def __init__(self, name: str, *values: Any) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "values", values)
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why the attribute has none of these values."""
+        if self.name not in site.attributes or site.attributes[self.name] in self.values:
+            return None
+        found = f"{self.name} is {_value(site.attributes[self.name])}"
+        return Reason("attribute", found, _or(tuple(map(_value, self.values))), self.name)
+
+    def __str__(self) -> str:
+        return f"{self.name} {_or(tuple(map(_value, self.values)))}"
+
+
+def _value(value: Any) -> str:
+    return dtype_name(value) if isinstance(value, torch.dtype) else str(value)

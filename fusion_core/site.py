@@ -1,0 +1,94 @@
+"""One place where a pattern stands, as explicit facts: all that a requirement may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Dim = int | torch.SymInt
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without its ``torch.`` prefix."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """What is known of a tensor without its data.
+
+    ``shape`` and ``stride`` hold plain integers, or ``torch.SymInt`` where a size is known only at run time.
+    """
+
+    shape: tuple[Dim, ...]
+    dtype: torch.dtype
+    stride: tuple[Dim, ...] | None = None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorMeta:
+        """The metadata of a real or fake tensor."""
+        return cls(tuple(tensor.shape), tensor.dtype, tuple(tensor.stride()))
+
+    def __str__(self) -> str:
+        return f"{dtype_name(self.dtype)}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A kind of device and its architecture: ``Device("cuda", "sm_90")``, ``Device("cuda", "gfx942")``, ``Device("cpu")``.
+
+    ROCm builds of torch call their devices ``cuda`` too; the architecture tells them apart.
+    """
+
+    type: str
+    arch: str = ""
+
+    @classmethod
+    def of(cls, device: torch.device) -> Device:
+        """The device behind a ``torch.device``, with its architecture read from the driver."""
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return cls(device.type)
+        if torch.version.hip:
+            return cls("cuda", torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+        major, minor = torch.cuda.get_device_capability(device)
+        return cls("cuda", f"sm_{major}{minor}")
+
+    @classmethod
+    def here(cls) -> Device:
+        """The device that this process would run a model on: its current GPU, else the CPU."""
+        return cls.of(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else cls("cpu")
+
+    def __str__(self) -> str:
+        return f"{self.type} ({self.arch})" if self.arch else self.type
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place where a pattern stands.
+
+    Attributes:
+        pattern: The pattern's name.
+        node: A label of the all_reduce that anchors the place, for people.
+        inputs: The pattern's tensor parameters by name; an optional one that is absent is missing here.
+        outputs: The pattern's *live* outputs by name: those that anything outside the place uses.
+        attributes: The pattern's scalar parameters by name: ``eps``, ``weight_bias``, ...
+        device: Where the tensors are.
+        world_size: The number of ranks in the process group.
+        group: The process group's name.
+    """
+
+    pattern: str
+    node: str
+    inputs: Mapping[str, TensorMeta]
+    outputs: Mapping[str, TensorMeta]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    device: Device = Device("cpu")
+    world_size: int = 1
+    group: str = ""
+
+    def tensor(self, name: str) -> TensorMeta | None:
+        """The input or live output called ``name``, or None where the place has none."""
+        return self.inputs.get(name, self.outputs.get(name))

@@ -1,0 +1,110 @@
+"""One backend's way to run one pattern, as a declaration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fusion_core.errors import BackendError
+from fusion_core.patterns.definition import GROUP, Pattern
+from fusion_core.reason import Reason
+from fusion_core.requirements import Attribute, LiveOutputs, Requirement
+from fusion_core.site import Site
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One backend's way to run one pattern.
+
+    Attributes:
+        pattern: The pattern's name.
+        name: ``"<backend>.<something>"``, unique.
+        impl: Takes the pattern's parameters and ``group`` by name and returns ``outputs`` in their order: a
+            `torch.library` operator, or a function over operators that torch can trace. A scalar parameter with a
+            default may be missing from it: the strategy then only runs sites that have that default.
+        requires: What makes it correct. Checked at every site; all that is unmet is reported.
+        worthwhile: What makes it faster than the unfused path, as far as anybody measured.
+        outputs: Names of what ``impl`` returns, in order; None for all outputs of the pattern. A site with another
+            live output is refused.
+        inline: True where ``impl`` is the pattern's own torch code, so that choosing it changes nothing for Inductor.
+        rank: Orders strategies of one backend and one pattern; the highest comes first.
+    """
+
+    pattern: str
+    name: str
+    impl: Callable[..., Any]
+    requires: tuple[Requirement, ...] = ()
+    worthwhile: tuple[Requirement, ...] = ()
+    outputs: tuple[str, ...] | None = None
+    inline: bool = False
+    rank: int = 0
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend it belongs to."""
+        return self.name.partition(".")[0]
+
+    def accepts(self, pattern: Pattern) -> frozenset[str]:
+        """The scalar parameters of the pattern, and ``group``, that ``impl`` takes."""
+        names = frozenset((*pattern.scalars, GROUP))
+        accepted = _parameters(self.impl)
+        return names if accepted is None else names & accepted.keys()
+
+    def implied(self, pattern: Pattern) -> tuple[Requirement, ...]:
+        """What its outputs and the parameters of ``impl`` require without saying so."""
+        requirements: list[Requirement] = []
+        if self.outputs is not None:
+            requirements.append(LiveOutputs(*self.outputs))
+        missing = [pattern.parameters[name] for name in pattern.scalars if name not in self.accepts(pattern)]
+        requirements.extend(Attribute(parameter.name, parameter.default) for parameter in missing)
+        return tuple(requirements)
+
+    def cannot(self, site: Site, pattern: Pattern) -> tuple[Reason, ...]:
+        """Every reason why it cannot run ``site`` correctly."""
+        reasons = (requirement.unmet(site) for requirement in (*self.implied(pattern), *self.requires))
+        return tuple(reason for reason in reasons if reason is not None)
+
+    def should_not(self, site: Site) -> tuple[Reason, ...]:
+        """Every reason why it is not known to be faster at ``site``."""
+        reasons = (requirement.unmet(site) for requirement in self.worthwhile)
+        return tuple(reason for reason in reasons if reason is not None)
+
+    def check(self, pattern: Pattern) -> None:
+        """Raise `BackendError` where the declaration does not fit ``pattern``."""
+        outputs = pattern.outputs if self.outputs is None else self.outputs
+        if unknown := [name for name in outputs if name not in pattern.outputs]:
+            raise BackendError(f"strategy {self.name!r} has outputs {unknown}, needs some of {pattern.outputs} of {pattern.name!r}")
+        accepted = _parameters(self.impl)
+        if accepted is None:
+            return
+        needed = [p.name for p in pattern.parameters.values() if p.is_tensor or p.required] + [GROUP]
+        if lacking := [name for name in needed if name not in accepted]:
+            raise BackendError(
+                f"strategy {self.name!r} does not take {lacking}: its impl is {_head(self.impl)}, "
+                f"needs the parameters of {pattern.signature()}"
+            )
+        extra = [name for name, required in accepted.items() if required and name not in (*pattern.parameters, GROUP)]
+        if extra:
+            raise BackendError(
+                f"strategy {self.name!r} requires {extra}, which its pattern does not have: its impl is "
+                f"{_head(self.impl)}, the pattern is {pattern.signature()}; needs a default for each"
+            )
+
+
+def _parameters(impl: Callable[..., Any]) -> dict[str, bool] | None:
+    """Name → is required, for every parameter of ``impl``; None where it takes anything by ``**``."""
+    if (schema := getattr(impl, "_schema", None)) is None and (overload := getattr(impl, "_opoverload", None)) is not None:
+        schema = overload._schema  # what torch.library.custom_op returns
+    if schema is not None:
+        return {argument.name: not argument.has_default_value() for argument in schema.arguments}
+    parameters = inspect.signature(impl).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return {parameter.name: parameter.default is inspect.Parameter.empty for parameter in parameters}
+
+
+def _head(impl: Callable[..., Any]) -> str:
+    schema = getattr(impl, "_schema", None) or getattr(getattr(impl, "_opoverload", None), "_schema", None)
+    return str(schema) if schema is not None else f"{getattr(impl, '__name__', impl)}{inspect.signature(impl)}"

@@ -1,0 +1,46 @@
+"""What every test shares: hypothesis profiles, skips for missing devices, a clean environment."""
+
+import functools
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "ci",
+    derandomize=True,  # the same examples on every run: a red build is the change's own fault
+    deadline=None,  # the first example often compiles
+    max_examples=100,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile("dev", deadline=None, max_examples=20)
+hypothesis.settings.register_profile(
+    "nightly",
+    deadline=None,
+    max_examples=2000,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    print_blob=True,
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@functools.cache
+def _devices(kind: str) -> int:
+    """How many GPUs of this kind torch can use. Asked only for marked tests: asking wakes the driver."""
+    built_for = torch.version.hip if kind == "rocm" else torch.version.cuda
+    return torch.cuda.device_count() if built_for else 0
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for kind, name in (("cuda", "NVIDIA"), ("rocm", "AMD")):
+        for marker in item.iter_markers(kind):
+            needs = marker.kwargs.get("devices", 1)
+            if (found := _devices(kind)) < needs:
+                pytest.skip(f"found {found} {name} GPUs usable by torch {torch.__version__}, needs {needs}")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("FUSION_CORE_")]:
+        monkeypatch.delenv(name)

@@ -11,7 +11,15 @@ from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-__all__ = ["CustomGraphPass", "cache_dir", "compile_graph", "decompositions", "mode_options", "post_grad_only", "with_pass"]
+__all__ = [
+    "CustomGraphPass",
+    "cache_dir",
+    "compile_graph",
+    "decompositions",
+    "mode_options",
+    "post_grad_only",
+    "with_pass",
+]
 
 POST_PASS = "post_grad_custom_post_pass"
 
@@ -75,8 +83,8 @@ def post_grad_only(own: Callable[[fx.Graph], None]) -> Callable[[fx.GraphModule,
 
 
 def _post_grad(graph_module: fx.GraphModule, inputs: Sequence[Any], is_inference: bool) -> Any:
-    from torch._inductor.compile_fx import fake_tensor_prop, view_to_reshape
-    from torch._inductor.fx_passes.post_grad import post_grad_passes
+    from torch._inductor.compile_fx import fake_tensor_prop
+    from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
     from torch._inductor.virtualized import V
 
     view_to_reshape(graph_module)

@@ -25,7 +25,9 @@ def _order(text: str) -> tuple[str, ...]:
 
 
 def _flag(text: str) -> bool:
-    return {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}[text.lower()]
+    return {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}[
+        text.lower()
+    ]
 
 
 def _numerics(text: str) -> str:
@@ -85,7 +87,8 @@ class FusionConfig:
             ``FUSION_CORE_NUMERICS=deterministic``.
         limit: At most this many rewrites per graph, to find a bad one by bisection; None for all.
             ``FUSION_CORE_LIMIT=3``.
-        max_tokens: Capacity of backends' workspaces in tokens; None to ask the backend. ``FUSION_CORE_MAX_TOKENS=2048``.
+        max_tokens: Capacity of backends' workspaces in tokens; None to ask the backend.
+            ``FUSION_CORE_MAX_TOKENS=2048``.
 
     Raises:
         ConfigError: for a value of the wrong type or outside its range, in an argument or in the environment.
@@ -124,7 +127,7 @@ def _all(values: Any, kind: type) -> bool:
 
 
 def check_environment() -> None:
-    """Raise `ConfigError` where a variable named ``FUSION_CORE_*`` is none of ours: a misspelt one must not be silent."""
+    """Raise `ConfigError` where a variable named ``FUSION_CORE_*`` is none of ours: a misspelt one is not silent."""
     known = {PREFIX + name.upper() for name in _ENVIRONMENT}
     if unknown := sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known):
         raise ConfigError(f"the environment has {', '.join(unknown)}, needs names among {', '.join(sorted(known))}")

@@ -72,13 +72,16 @@ def judge(view: LiftedGraph, anchor: fx.Node, term: Term, registry: Registry) ->
             stage, reasons = weigh(strategy, pattern, site, registry)
             decisions.append(Decision(pattern.name, strategy.name, stage, reasons))
             if stage is Stage.CHOSEN:
-                assert isinstance(outcome, Match) and isinstance(site, Site)
+                assert isinstance(outcome, Match)
+                assert isinstance(site, Site)
                 candidates.append(Candidate(strategy, outcome, site))
-    candidates.sort(key=lambda c: preference(registry, c.strategy, c.match.pattern))  # type: ignore[arg-type,return-value]
+    candidates.sort(key=lambda c: preference(registry, c.strategy, c.match.pattern))
     return Verdict(sites[0] if sites else None, candidates, decisions)
 
 
-def weigh(strategy: Strategy, pattern: Pattern, site: Site | Reason, registry: Registry) -> tuple[Stage, tuple[Reason, ...]]:
+def weigh(
+    strategy: Strategy, pattern: Pattern, site: Site | Reason, registry: Registry
+) -> tuple[Stage, tuple[Reason, ...]]:
     """How far one strategy gets at one site by itself; `Stage.CHOSEN` where nothing speaks against it."""
     if isinstance(site, Site) and (reasons := registry.unavailable(strategy.backend, site.device)):
         return Stage.UNAVAILABLE, reasons
@@ -105,7 +108,9 @@ def _site(found: Match, view: LiftedGraph) -> Site | Reason:
     group = found.bound[GROUP]
     size = world_size(group) if isinstance(group, str) else None
     if size is None:
-        return Reason("group", f"the process group is {group!r}, which this process does not know", "an initialised group")
+        return Reason(
+            "group", f"the process group is {group!r}, which this process does not know", "an initialised group"
+        )
     x: fx.Node = found.bound["x"]
     value = x.meta["val"]
     inputs, attributes = {}, {}
@@ -120,4 +125,6 @@ def _site(found: Match, view: LiftedGraph) -> Site | Reason:
     if any(tensor.meta["val"].device != value.device for name in inputs if (tensor := found.bound[name])):
         return Reason("device", "the inputs are on several devices", "one device")
     outputs = {name: TensorMeta.of(node.meta["val"]) for name, node in found.outputs.items()}
-    return Site(found.pattern.name, found.anchor.name, inputs, outputs, attributes, Device.of(value.device), size, group)
+    return Site(
+        found.pattern.name, found.anchor.name, inputs, outputs, attributes, Device.of(value.device), size, group
+    )

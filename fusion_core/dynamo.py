@@ -13,6 +13,7 @@ from torch import fx
 from fusion_core import _inductor, history, report_cache
 from fusion_core.config import FusionConfig
 from fusion_core.fusion_pass import FusionPass
+from fusion_core.report import Report
 
 
 @functools.lru_cache(maxsize=64)
@@ -33,7 +34,12 @@ class Backend:
         self.config = config
 
     def __call__(
-        self, graph_module: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+        self,
+        graph_module: fx.GraphModule,
+        inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
     ) -> Any:
         """Compile one graph that Dynamo captured."""
         own = _pass_for(FusionConfig() if self.config is None else self.config)
@@ -46,7 +52,7 @@ class Backend:
         if heard:
             report_cache.save(key, heard)
         else:
-            for report in report_cache.load(key):
+            for report in report_cache.load(key) or [Report(())]:
                 history.record(dataclasses.replace(report, origin="cache"))
         return compiled
 
@@ -81,7 +87,9 @@ def compile(model: Callable[..., Any], config: FusionConfig | None = None, **tor
         BackendError: where ``config.order`` names a backend that does not load, or ``config.strict`` and any does not.
     """
     if "backend" in torch_compile_kwargs:
-        raise TypeError("fusion_core.compile got backend=, needs none: it compiles by Inductor; use torch.compile for another backend")
+        raise TypeError(
+            "fusion_core.compile got backend=, needs none: it compiles by Inductor; torch.compile takes others"
+        )
     if config is not None:
         _pass_for(config)  # a backend that does not load is an error here, and not in the middle of the first call
     return torch.compile(model, backend=Backend(config), **torch_compile_kwargs)

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusion_core.decide import Candidate
-from fusion_core.lifting.meaning import same_shape, shape_of
+from fusion_core.lifting.meaning import same_shape, same_size, shape_of
 from fusion_core.lifting.view import LiftedGraph
-from fusion_core.patterns.definition import GROUP
 from fusion_core.reason import Reason
 from fusion_core.site import TensorMeta, dtype_name
+from fusion_core.tracing import Decompositions, Unplaceable, returned, scalars, trace
 
 PROVENANCE = "fusion_core"
 """The key of ``node.meta`` that holds the name of the strategy which a node came from."""
-
-
-class Unplaceable(Exception):
-    """A strategy that was chosen and cannot be put into the graph, with the reason."""
-
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +45,7 @@ class Plan:
 class Emitter:
     """Puts strategies into one graph. Keeps what it traced: the sites of a model's layers are mostly alike."""
 
-    def __init__(self, graph: fx.Graph, view: LiftedGraph, decompositions: dict[Any, Callable[..., Any]]) -> None:
+    def __init__(self, graph: fx.Graph, view: LiftedGraph, decompositions: Decompositions) -> None:
         self.graph = graph
         self.view = view
         self.decompositions = decompositions
@@ -73,19 +62,29 @@ class Emitter:
         """
         found = candidate.match
         if taken := next((node for node in found.erased if node in self._taken), None):
-            raise Unplaceable(Reason("taken", f"{taken.name} is a part of the site at {self._taken[taken]}", "a chain of its own"))
-        inputs = {name: self._now(node) for name in found.pattern.tensors if isinstance(node := found.bound.get(name), fx.Node)}
+            raise Unplaceable(
+                Reason("taken", f"{taken.name} is a part of the site at {self._taken[taken]}", "a chain of its own")
+            )
+        inputs = {
+            name: self._now(node)
+            for name in found.pattern.tensors
+            if isinstance(node := found.bound.get(name), fx.Node)
+        }
         x = inputs["x"]
         place, hoisted = self._place(candidate, list(inputs.values()))
         partners = [name for name in inputs if name in found.pattern.elementwise]
-        reshapes = {name: self._sizes(shape_of(x)) for name in partners if not same_shape(shape_of(inputs[name]), shape_of(x))}
+        reshapes = {
+            name: self._sizes(shape_of(x)) for name in partners if not same_shape(shape_of(inputs[name]), shape_of(x))
+        }
         fakes = {name: node.meta["val"] for name, node in inputs.items()}
         with x.meta["val"].fake_mode:
             fakes |= {name: fakes[name].reshape(sizes) for name, sizes in reshapes.items()}
         traced = self._trace(candidate, fakes)
         results = _results(candidate, traced)
         views = {
-            name: self._sizes(shape_of(node)) for name, node in found.outputs.items() if not same_shape(shape_of(node), results[name].shape)
+            name: self._sizes(shape_of(node))
+            for name, node in found.outputs.items()
+            if not same_shape(shape_of(node), results[name].shape)
         }
         return Plan(candidate, place, hoisted, inputs, reshapes, traced, views)
 
@@ -151,82 +150,40 @@ class Emitter:
         return [size if isinstance(size, int) else -1 for size in shape]
 
     def _trace(self, candidate: Candidate, fakes: dict[str, torch.Tensor]) -> fx.GraphModule:
-        """The strategy as a graph of operators, reduced to what its live outputs need."""
+        """The strategy as a graph of operators, traced once for sites that are alike."""
         strategy, found = candidate.strategy, candidate.match
-        live = tuple(found.outputs)
-        scalars = {name: found.bound.get(name, p.default) for name, p in found.pattern.parameters.items() if name not in fakes}
         metas = tuple((name, str(TensorMeta.of(fake)), str(fake.stride()), fake.device) for name, fake in fakes.items())
-        key = (strategy.name, metas, tuple(scalars.items()), found.bound[GROUP], live)
+        key = (strategy.name, metas, tuple(scalars(found).items()), tuple(found.outputs))
         if key not in self._traced:
-            self._traced[key] = _trace(candidate, fakes, scalars, live, self.decompositions)
+            self._traced[key] = trace(strategy, found, fakes, self.decompositions)
         return self._traced[key]
 
 
 def _writes(node: fx.Node) -> bool:
     arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
-    return any(argument.alias_info is not None for argument in arguments)
-
-
-def _trace(self, candidate: Candidate, fakes: dict[str, torch.Tensor]) -> fx.GraphModule:
-        """The strategy as a graph of operators, reduced to what its live outputs need."""
-        strategy, found = candidate.strategy, candidate.match
-        live = tuple(found.outputs)
-        scalars = {name: found.bound.get(name, p.default) for name, p in found.pattern.parameters.items() if name not in fakes}
-        metas = tuple((name, str(TensorMeta.of(fake)), str(fake.stride()), fake.device) for name, fake in fakes.items())
-        key = (strategy.name, metas, tuple(scalars.items()), found.bound[GROUP], live)
-        if key not in self._traced:
-            self._traced[key] = _trace(candidate, fakes, scalars, live, self.decompositions)
-        return self._traced[key]
-
-
-def _elementwise(pattern: Any) -> set[str]:
-    """Tensor parameters that have x's shape: the other operands of adds."""
-    names = {value.name for step in pattern.steps if step.operation.commutative for value in step.operands.values() if hasattr(value, "name")}
-    return names & set(pattern.tensors)
-
-
-def _trace(
-    candidate: Candidate, fakes: dict[str, torch.Tensor], scalars: dict[str, Any], live: tuple[str, ...], decompositions: dict[Any, Any]
-) -> fx.GraphModule:
-    strategy, found = candidate.strategy, candidate.match
-    accepted = strategy.accepts(found.pattern)
-    constants = {name: value for name, value in {**scalars, GROUP: found.bound[GROUP]}.items() if name in accepted}
-    names = found.pattern.outputs if strategy.outputs is None else strategy.outputs
-
-    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        given = strategy.impl(**dict(zip(fakes, tensors, strict=True)), **constants)
-        results = dict(zip(names, given if isinstance(given, tuple | list) else (given,), strict=True))
-        return tuple(results[name] for name in live)
-
-    try:
-        with torch.no_grad():
-            traced = make_fx(run, decompositions, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes.values())
-    except Exception as error:  # noqa: BLE001  # a plugin's code: whatever it raises becomes the reason at this site
-        found_text = f"tracing {strategy.name} raised {type(error).__name__}: {error}"
-        raise Unplaceable(Reason("trace", found_text, "an impl that runs on fake tensors")) from error
-    traced.graph.eliminate_dead_code()
-    if held := next((node for node in traced.graph.nodes if node.op == "get_attr"), None):
-        raise Unplaceable(Reason("trace", f"{strategy.name} holds a tensor of its own ({held.target})", "tensors that come in as arguments"))
-    return traced
+    return any(argument.alias_info is not None and argument.alias_info.is_write for argument in arguments)
 
 
 def _results(candidate: Candidate, traced: fx.GraphModule) -> dict[str, torch.Tensor]:
     """The traced outputs by name, checked against what the site had."""
     outputs = candidate.match.outputs
-    returned = traced.graph.output_node().args[0]
-    results = {name: node.meta["val"] for name, node in zip(outputs, returned, strict=True)}  # type: ignore[arg-type,union-attr]
+    results = {name: node.meta["val"] for name, node in zip(outputs, returned(traced), strict=True)}
     for name, value in results.items():
         wanted = outputs[name].meta["val"]
-        if value.dtype != wanted.dtype or value.numel() != wanted.numel() or value.device != wanted.device:
+        if value.dtype != wanted.dtype or not same_size(value.numel(), wanted.numel()) or value.device != wanted.device:
             found = f"{candidate.strategy.name} gives {name} as {TensorMeta.of(value)} on {value.device}"
-            raise Unplaceable(Reason("output", found, f"{dtype_name(wanted.dtype)} of {tuple(wanted.shape)} on {wanted.device}", name))
+            raise Unplaceable(
+                Reason("output", found, f"{dtype_name(wanted.dtype)} of {tuple(wanted.shape)} on {wanted.device}", name)
+            )
     return results
 
 
 class _Inserter:
     """Inserts nodes one behind another, with the metadata that later passes read."""
 
-    def __init__(self, graph: fx.Graph, position: dict[fx.Node, int], place: fx.Node, source: fx.Node, strategy: str) -> None:
+    def __init__(
+        self, graph: fx.Graph, position: dict[fx.Node, int], place: fx.Node, source: fx.Node, strategy: str
+    ) -> None:
         self.graph = graph
         self.position = position
         self.place = place
@@ -254,4 +211,4 @@ class _Inserter:
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), copied.__getitem__)
                 copied[node] = self(node.target, args, kwargs)
-        return [copied[node] for node in traced.graph.output_node().args[0]]
+        return [copied[node] for node in returned(traced)]

@@ -16,7 +16,7 @@ import torch
 
 from fusion_core.registry import Registry
 from fusion_core.site import Device
-from fusion_core.strategy import Strategy
+from fusion_core.strategy import Strategy, schema_of
 
 
 def version() -> str:
@@ -34,8 +34,19 @@ def fingerprint(registry: Registry, dry_run: bool = False) -> str:
     again.
     """
     device = Device.here()
-    parts: list[object] = [version(), torch.__version__, _sources(Path(__file__).parent), registry.config, dry_run, device, registry.tiers]
-    parts += [(pattern.name, pattern.signature(), _source(pattern.function)) for _, pattern in sorted(registry.patterns.items())]
+    parts: list[object] = [
+        version(),
+        torch.__version__,
+        _sources(Path(__file__).parent),
+        registry.config,
+        dry_run,
+        device,
+        registry.tiers,
+    ]
+    parts += [
+        (pattern.name, pattern.signature(), _source(pattern.function))
+        for _, pattern in sorted(registry.patterns.items())
+    ]
     for backend in registry.backends.values():
         parts += [backend.name, backend.distribution, _module_sources(backend.plugin), backend.dialects]
         parts += [_declaration(strategy) for strategy in backend.strategies]
@@ -71,8 +82,7 @@ def _module_sources(plugin: ModuleType | Any) -> str:
 
 
 def _source(function: Any) -> str:
-    schema = getattr(function, "_schema", None) or getattr(getattr(function, "_opoverload", None), "_schema", None)
-    if schema is not None:
+    if (schema := schema_of(function)) is not None:
         return str(schema)
     try:
         return inspect.getsource(function)

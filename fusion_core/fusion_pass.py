@@ -12,7 +12,7 @@ from fusion_core import history
 from fusion_core._inductor import CustomGraphPass, decompositions
 from fusion_core.config import FusionConfig
 from fusion_core.decide import Decision, Verdict, judge
-from fusion_core.emit import Emitter, Unplaceable
+from fusion_core.emit import Emitter
 from fusion_core.fingerprint import fingerprint, version
 from fusion_core.lifting.collectives import has_all_reduce
 from fusion_core.lifting.view import LiftedGraph
@@ -20,6 +20,7 @@ from fusion_core.reason import Reason, Stage
 from fusion_core.registry import Registry
 from fusion_core.report import Report, SiteReport, site_attributes
 from fusion_core.site import Device
+from fusion_core.tracing import Unplaceable
 
 
 class FusionPass(CustomGraphPass):
@@ -38,7 +39,9 @@ class FusionPass(CustomGraphPass):
         ConfigError: where an environment variable ``FUSION_CORE_*`` cannot be used.
     """
 
-    def __init__(self, config: FusionConfig | None = None, *, registry: Registry | None = None, dry_run: bool = False) -> None:
+    def __init__(
+        self, config: FusionConfig | None = None, *, registry: Registry | None = None, dry_run: bool = False
+    ) -> None:
         self.config = (FusionConfig() if config is None else config) if registry is None else registry.config
         self.registry = Registry.load(self.config) if registry is None else registry
         self.dry_run = dry_run
@@ -74,7 +77,10 @@ class FusionPass(CustomGraphPass):
             name = candidate.strategy.name
             if chosen is not None:
                 found = f"{chosen.strategy.name} comes first"
-                outcome[name] = Stage.OUTRANKED, (Reason("outranked", found, hint=f"order=({candidate.strategy.backend!r},) chooses it"),)
+                outcome[name] = (
+                    Stage.OUTRANKED,
+                    (Reason("outranked", found, hint=f"order=({candidate.strategy.backend!r},) chooses it"),),
+                )
             elif not may_rewrite:
                 found = f"limit is {self.config.limit} rewrites"
                 outcome[name] = Stage.OUTRANKED, (Reason("limit", found, "a higher limit"),)
@@ -88,7 +94,10 @@ class FusionPass(CustomGraphPass):
                 if not self.dry_run:
                     emitter.apply(plan)
                 chosen = candidate
-        decisions = tuple(Decision(d.pattern, d.strategy, *outcome[d.strategy]) if d.strategy in outcome else d for d in verdict.decisions)
+        decisions = tuple(
+            Decision(d.pattern, d.strategy, *outcome[d.strategy]) if d.strategy in outcome else d
+            for d in verdict.decisions
+        )
         site = chosen.site if chosen is not None else verdict.site
         attributes = site_attributes(site) if site is not None else {}
         pattern = site.pattern if site is not None else "all_reduce"
@@ -99,7 +108,9 @@ class FusionPass(CustomGraphPass):
         return Report(
             sites,
             tuple(map(str, registry.failures)),
-            {name: reasons for name in registry.backends if (reasons := registry.unavailable(name, device))} if sites else {},
+            {name: reasons for name in registry.backends if (reasons := registry.unavailable(name, device))}
+            if sites
+            else {},
             str(device),
             tuple(registry.backends),
             "explained" if self.dry_run else "compiled",

@@ -11,7 +11,7 @@ from fusion_core.errors import ConfigError
 def world_size(group: str) -> int | None:
     """The number of ranks of a group; None where this process knows no such group."""
     try:
-        return int(dist.distributed_c10d._resolve_process_group(group).size())  # type: ignore[arg-type]
+        return int(dist.distributed_c10d._resolve_process_group(group).size())  # type: ignore[arg-type,attr-defined]
     except (AttributeError, RuntimeError, ValueError, LookupError):
         return None
 
@@ -23,7 +23,9 @@ def group_name(group: dist.ProcessGroup | str | None) -> str:
         ConfigError: where torch.distributed is not initialised, or knows no group of that name.
     """
     if not dist.is_available() or not dist.is_initialized():
-        raise ConfigError("torch.distributed is not initialised, needs init_process_group before a collective is called")
+        raise ConfigError(
+            "torch.distributed is not initialised, needs init_process_group before a collective is called"
+        )
     if group is None:
         group = dist.group.WORLD
     if isinstance(group, dist.ProcessGroup):

@@ -76,7 +76,9 @@ def _follow(
         yield _Bound(terms, environment)
         return
     step = pattern.steps[depth]
-    known = next(environment[o] for o in step.operands.values() if isinstance(o, Symbol) and o in environment and o.step)
+    known = next(
+        environment[o] for o in step.operands.values() if isinstance(o, Symbol) and o in environment and o.step
+    )
     candidates = list(view.terms(known, step.operation.name)) if isinstance(known, fx.Node) else []
     if not candidates:
         yield depth, _missing(step, known)
@@ -87,7 +89,10 @@ def _follow(
         for operands in _orders(step, term):
             extended = _unify(step, Term(term.word, operands, term.results), environment)
             if extended is None:
-                yield depth, Reason("structure", f"{step.operation.name} of {known} takes other operands than the pattern's")
+                yield (
+                    depth,
+                    Reason("structure", f"{step.operation.name} of {known} takes other operands than the pattern's"),
+                )
             else:
                 yield from _follow(pattern, view, [*terms, term], extended)
 
@@ -141,12 +146,18 @@ def _settle(
         if not outside or node in named:
             continue
         if view.tensor(node) not in named:
-            return Reason("live_value", f"{node.name} inside the chain is used by {outside[0].name}", f"uses of {', '.join(values)} only")
+            return Reason(
+                "live_value",
+                f"{node.name} inside the chain is used by {outside[0].name}",
+                f"uses of {', '.join(values)} only",
+            )
         kept.add(node)  # a cast or view of a named value: it stays, and makes that value live
     body -= kept
     if reason := _mutated(view, bound, body):
         return reason
-    outputs = {name: node for name, node in values.items() if node is not None and any(user not in body for user in node.users)}
+    outputs = {
+        name: node for name, node in values.items() if node is not None and any(user not in body for user in node.users)
+    }
     return Match(pattern, anchor, tuple(terms), bound, outputs, tuple(sorted(body, key=view.position.__getitem__)))
 
 
@@ -177,7 +188,12 @@ def _depends_on_itself(view: LiftedGraph, anchor: fx.Node, bound: dict[str, Any]
     """Whether an input of the place is computed from the all_reduce's result, so that it cannot come first."""
     for name, node in bound.items():
         if isinstance(node, fx.Node) and view.position[node] > view.position[anchor] and _descends(view, node, anchor):
-            return Reason("structure", f"{name} ({node.name}) is computed from the all_reduce's result", "an independent one", name)
+            return Reason(
+                "structure",
+                f"{name} ({node.name}) is computed from the all_reduce's result",
+                "an independent one",
+                name,
+            )
     return None
 
 
@@ -202,8 +218,15 @@ def _mutated(view: LiftedGraph, bound: dict[str, Any], body: set[fx.Node]) -> Re
         if writer := _writer(node, lambda user: user not in body):
             return Reason("mutation", f"{writer.name} writes into {node.name}", "a value that nothing writes into")
     for name, node in bound.items():
-        if isinstance(node, fx.Node) and (writer := _writer(node, lambda user: user not in body and view.position[user] <= last)):
-            return Reason("mutation", f"{writer.name} writes into {name} ({node.name}) inside the chain", "an input that stays as it is", name)
+        if isinstance(node, fx.Node) and (
+            writer := _writer(node, lambda user: user not in body and view.position[user] <= last)
+        ):
+            return Reason(
+                "mutation",
+                f"{writer.name} writes into {name} ({node.name}) inside the chain",
+                "an input that stays as it is",
+                name,
+            )
     return None
 
 

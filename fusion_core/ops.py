@@ -17,8 +17,8 @@ from fusion_core.config import FusionConfig
 from fusion_core.decide import preference, weigh
 from fusion_core.errors import BackendError, ConfigError
 from fusion_core.groups import group_name, world_size
-from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.patterns import CORE_PATTERNS
+from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.reason import Stage
 from fusion_core.registry import Registry
 from fusion_core.site import Device, Site, TensorMeta
@@ -74,16 +74,24 @@ def _check(pattern: Pattern, bound: dict[str, Any]) -> None:
         if not tensor.is_floating_point():
             raise ConfigError(f"{pattern.name}: {name} is {tensor.dtype}, needs a floating dtype")
         if tensor.device != x.device:
-            raise ConfigError(f"{pattern.name}: {name} is on {tensor.device} and x on {x.device}, needs one device for all")
+            raise ConfigError(
+                f"{pattern.name}: {name} is on {tensor.device} and x on {x.device}, needs one device for all"
+            )
         if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ConfigError(f"{pattern.name}: {name} requires grad, needs torch.no_grad(): an eager fused collective has no backward")
+            raise ConfigError(
+                f"{pattern.name}: {name} requires grad, needs torch.no_grad(): fused collectives have no backward"
+            )
         if name in pattern.elementwise and tensor.shape != x.shape:
             raise ConfigError(f"{pattern.name}: {name} has shape {tuple(tensor.shape)}, needs x's, {tuple(x.shape)}")
         if name == "weight" and (x.dim() == 0 or tensor.shape != x.shape[-1:]):
-            raise ConfigError(f"{pattern.name}: weight has shape {tuple(tensor.shape)}, needs x's last dimension, {tuple(x.shape[-1:])}")
+            raise ConfigError(
+                f"{pattern.name}: weight has shape {tuple(tensor.shape)}, needs x's last size, {tuple(x.shape[-1:])}"
+            )
 
 
-def _choose(pattern: Pattern, bound: dict[str, Any], group: str, wanted: tuple[str, ...], config: FusionConfig | None) -> Strategy:
+def _choose(
+    pattern: Pattern, bound: dict[str, Any], group: str, wanted: tuple[str, ...], config: FusionConfig | None
+) -> Strategy:
     """The best usable strategy for these tensors; decided once for tensors of one form."""
     config = FusionConfig() if config is None else config
     tensors = [(name, TensorMeta.of(bound[name])) for name in pattern.tensors if bound[name] is not None]
@@ -98,31 +106,41 @@ _chosen: dict[Any, Strategy] = {}
 
 
 def _decide(
-    pattern: Pattern, bound: dict[str, Any], inputs: dict[str, TensorMeta], group: str, wanted: tuple[str, ...], config: FusionConfig
+    pattern: Pattern,
+    bound: dict[str, Any],
+    inputs: dict[str, TensorMeta],
+    group: str,
+    wanted: tuple[str, ...],
+    config: FusionConfig,
 ) -> Strategy:
     registry = _registry_for(config)
     size = world_size(group)
     assert size is not None
     mode = FakeTensorMode()
     with mode:
-        fakes = {name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in bound.items()}
+        fakes = {
+            name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in bound.items()
+        }
         given = pattern.function(**fakes, **{GROUP: group})
     results = dict(zip(pattern.outputs, given if isinstance(given, tuple) else (given,), strict=True))
     outputs = {name: TensorMeta.of(results[name]) for name in wanted}
     scalars = {name: bound[name] for name in pattern.scalars}
     site = Site(pattern.name, "ops", inputs, outputs, scalars, Device.of(bound["x"].device), size, group)
-    reasons, usable = [], []
+    reasons: list[str] = []
+    usable: list[Strategy] = []
     for strategy in registry.strategies(pattern.name):
         stage, why = weigh(strategy, pattern, site, registry)
         if stage is Stage.CHOSEN:
             usable.append(strategy)
         reasons.extend(f"{strategy.name}: {reason}" for reason in why)
     if not usable:
-        raise BackendError(f"no strategy can run {pattern.name} here: {'; '.join(reasons) or 'no backend in use has one'}")
-    return min(usable, key=lambda strategy: preference(registry, strategy, pattern))  # type: ignore[arg-type,return-value]
+        raise BackendError(
+            f"no strategy can run {pattern.name} here: {'; '.join(reasons) or 'no backend in use has one'}"
+        )
+    return min(usable, key=lambda strategy: preference(registry, strategy, pattern))
 
 
 for _pattern in CORE_PATTERNS:
     globals()[_pattern.name] = eager(_pattern)
 
-__all__ = [_pattern.name for _pattern in CORE_PATTERNS]  # noqa: PLE0605
+__all__ = [_pattern.name for _pattern in CORE_PATTERNS]

@@ -17,8 +17,8 @@ from fusion_core import hookspecs
 from fusion_core.config import FusionConfig, check_environment
 from fusion_core.errors import BackendError, FusionError
 from fusion_core.lifting.dialect import Dialect
-from fusion_core.patterns.definition import Pattern
 from fusion_core.patterns import CORE_PATTERNS
+from fusion_core.patterns.definition import Pattern
 from fusion_core.reason import Reason
 from fusion_core.site import Device
 from fusion_core.strategy import Strategy
@@ -128,7 +128,11 @@ class Registry:
             except Exception as error:
                 if self.config.strict:
                     raise BackendError(f"fusion_report of backend {backend.name!r} raised {error!r}") from error
-                warnings.warn(f"fusion_core: fusion_report of backend {backend.name!r} raised {error!r}", RuntimeWarning, stacklevel=2)
+                warnings.warn(
+                    f"fusion_core: fusion_report of backend {backend.name!r} raised {error!r}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
 
 def _call(plugin: Any, hook: str, **arguments: Any) -> Iterator[Any] | tuple[Any, ...]:
@@ -179,7 +183,9 @@ def _failure(error: Exception) -> Reason:
 def _load(name: str, candidates: list[EntryPoint]) -> Backend:
     if len({point.value for point in candidates}) > 1:
         owners = ", ".join(f"{point.value} ({_distribution(point) or 'unknown distribution'})" for point in candidates)
-        raise BackendError(f"the name is taken by {len(candidates)} entry points, {owners}; needs a name of its own for each")
+        raise BackendError(
+            f"the name is taken by {len(candidates)} entry points, {owners}; needs a name of its own for each"
+        )
     point = candidates[0]
     plugin = point.load()
     manager = pluggy.PluginManager("fusion_core")
@@ -221,7 +227,9 @@ def _check_strategies(backend: Backend, patterns: dict[str, Pattern]) -> None:
     for strategy in backend.strategies:
         prefix, dot, rest = strategy.name.partition(".")
         if not (prefix == backend.name and dot and rest):
-            raise BackendError(f"strategy {strategy.name!r} of backend {backend.name!r} is misnamed, needs '{backend.name}.<something>'")
+            raise BackendError(
+                f"strategy {strategy.name!r} of backend {backend.name!r} is misnamed, needs '{backend.name}.<name>'"
+            )
         if strategy.name in seen:
             raise BackendError(f"strategy {strategy.name!r} is declared twice, needs a name of its own for each")
         seen.add(strategy.name)
@@ -231,7 +239,9 @@ def _check_strategies(backend: Backend, patterns: dict[str, Pattern]) -> None:
         strategy.check(patterns[strategy.pattern])
 
 
-def _tiers(config: FusionConfig, loaded: dict[str, Backend], failures: list[LoadFailure]) -> tuple[tuple[str, ...], ...]:
+def _tiers(
+    config: FusionConfig, loaded: dict[str, Backend], failures: list[LoadFailure]
+) -> tuple[tuple[str, ...], ...]:
     if config.order is None:
         first = tuple(name for name in sorted(loaded) if name not in LAST)
         return tuple(tier for tier in (first, *((name,) for name in LAST if name in loaded)) if tier)
@@ -239,6 +249,8 @@ def _tiers(config: FusionConfig, loaded: dict[str, Backend], failures: list[Load
         if name not in loaded:
             because = "; ".join(str(failure.reason) for failure in failures if failure.backend == name)
             known = ", ".join(sorted(loaded)) or "none"
-            found = f"order names backend {name!r}, which " + (f"does not load: {because}" if because else "is not installed")
+            found = f"order names backend {name!r}, which " + (
+                f"does not load: {because}" if because else "is not installed"
+            )
             raise BackendError(f"{found}; the backends that load are: {known}")
     return tuple((name,) for name in config.order)

@@ -91,7 +91,9 @@ class Report:
             "device": self.device,
             "order": list(self.order),
             "failures": list(self.failures),
-            "unavailable": {name: [reason.to_dict() for reason in reasons] for name, reasons in self.unavailable.items()},
+            "unavailable": {
+                name: [reason.to_dict() for reason in reasons] for name, reasons in self.unavailable.items()
+            },
             "sites": [
                 {
                     "pattern": site.pattern,
@@ -131,7 +133,10 @@ class Report:
                 site["strategy"],
                 site["node"],
                 site["attributes"],
-                tuple(Decision(d["pattern"], d["strategy"], Stage[d["stage"]], reasons(d["reasons"])) for d in site["decisions"]),
+                tuple(
+                    Decision(d["pattern"], d["strategy"], Stage[d["stage"]], reasons(d["reasons"]))
+                    for d in site["decisions"]
+                ),
             )
             for site in data["sites"]
         )

@@ -42,9 +42,7 @@ def _describe(value: Any) -> str:
 
 
 def save(key: GraphKey, reports: Sequence[Report]) -> None:
-    """Keep the reports of one compilation. A cache that cannot be written costs the report of a later process, and nothing else."""
-    if not any(report.sites for report in reports):
-        return
+    """Keep the reports of one compilation; where they cannot be written, a later process lacks them, no more."""
     try:
         write_whole(key.path, json.dumps([report.to_dict() for report in reports]))
     except OSError:

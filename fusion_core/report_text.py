@@ -15,6 +15,7 @@ _ORIGINS = {
     "explained": "dry run: nothing was changed; ",
     "cache": "from the compile cache, as recorded when it was compiled at {compiled_at}; ",
 }
+_REFUSED = (Stage.REQUIRES, Stage.WORTHWHILE, Stage.REPLACEMENT, Stage.OUTRANKED)
 _FLAGS = {"weight_bias": 0.0}
 """Attributes that are shown only where they differ from this, or from None."""
 
@@ -24,14 +25,24 @@ def text(report: Report) -> str:
     return "\n".join(_lines(report))
 
 
-def _lines(report: Report) -> Iterator[str]:
+def headline(report: Report) -> str:
+    """What became of the graph, in one line."""
     total, fused = len(report.sites), len(report.fused)
     origin = _ORIGINS[report.origin].format(compiled_at=report.compiled_at)
+    if report.origin == "cache" and not report.compiled_at:
+        return (
+            "fusion_core: this graph came from the compile cache, and nobody kept what was decided when it was "
+            "compiled; clear the cache, or compile with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1, to see it"
+        )
     verb = "would be fused" if report.origin == "explained" else "fused"
     if not total:
-        yield f"fusion_core: {origin}no all_reduce in this graph on {report.device}, nothing to fuse"
-    else:
-        yield f"fusion_core: {origin}{fused} of {total} all_reduces {verb} on {report.device}"
+        return f"fusion_core: {origin}no all_reduce in this graph on {report.device}, nothing to fuse"
+    return f"fusion_core: {origin}{fused} of {total} all_reduces {verb} on {report.device}"
+
+
+def _lines(report: Report) -> Iterator[str]:
+    yield headline(report)
+    if report.sites:
         yield ""
         yield from _table([_site_row(site) for site in report.sites])
     if refused := list(_refusals(report.sites)):
@@ -44,13 +55,13 @@ def _lines(report: Report) -> Iterator[str]:
         yield "not usable here:"
         yield from not_usable
         yield from (f"  {failure}" for failure in report.failures)
-    if total and not report.order:
+    if report.sites and not report.order:
         yield ""
         yield "no backend is in use (order is empty, or none loads)"
 
 
 def _site_row(site: SiteReport) -> tuple[str, ...]:
-    return site.node, site.pattern, f"-> {site.strategy}" if site.strategy else "not fused", _facts(site.attributes)
+    return site.node, site.pattern, f"-> {site.strategy}" if site.strategy else "not fused", facts(site.attributes)
 
 
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
@@ -59,7 +70,8 @@ def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
         yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def _facts(attributes: Mapping[str, Any]) -> str:
+def facts(attributes: Mapping[str, Any]) -> str:
+    """A site's facts in one line."""
     if not attributes:
         return ""
     words = [f"x {attributes['inputs']['x']}"]
@@ -88,24 +100,28 @@ def _refusals(sites: Iterable[SiteReport]) -> Iterator[str]:
 
 
 def _worth_saying(site: SiteReport) -> Iterator[tuple[str, str]]:
+    nearest: dict[str, str] = {}
+    for (
+        decision
+    ) in site.decisions:  # the longest pattern first: of those that miss for one reason, the shortest is named
+        if decision.stage is Stage.STRUCTURE and _is_telling(site, decision):
+            nearest["; ".join(map(str, decision.reasons))] = decision.pattern
+    for why, name in nearest.items():
+        yield name, why
     for decision in site.decisions:
-        if decision.stage is Stage.STRUCTURE:
-            if _is_telling(site, decision):
-                yield decision.pattern, "; ".join(map(str, decision.reasons))
-        elif decision.stage in (Stage.REQUIRES, Stage.WORTHWHILE, Stage.REPLACEMENT, Stage.OUTRANKED) and _is_rival(site, decision):
+        if decision.stage in _REFUSED and _is_rival(site, decision):
             yield f"{decision.strategy} [{decision.stage.name.lower()}]", "; ".join(map(str, decision.reasons))
 
 
 def _is_telling(site: SiteReport, decision: Decision) -> bool:
-    """Whether a pattern that does not stand here nearly does: more than "another operator follows", or nothing longer stands."""
+    """Whether a pattern nearly stands here: more than "another operator follows", or nothing longer stands."""
     codes = {reason.code for reason in decision.reasons}
-    return codes != {"structure"} or (site.pattern == "all_reduce" and decision.pattern in ("all_reduce_add_rms_norm", "all_reduce_rms_norm"))
+    return codes != {"structure"} or (
+        site.pattern == "all_reduce" and decision.pattern in ("all_reduce_add_rms_norm", "all_reduce_rms_norm")
+    )
 
 
 def _is_rival(site: SiteReport, decision: Decision) -> bool:
     """Whether a strategy might have been expected to run: not the chosen backend's own shorter forms."""
     chosen = (site.strategy or "").partition(".")[0]
     return decision.stage is not Stage.OUTRANKED or (decision.strategy or "").partition(".")[0] != chosen
-
-
-__all__ = ["text"]

@@ -50,7 +50,9 @@ def _size_reason(code: str, arg: str, found: str, needs: str, known: bool | None
     if known:
         return None
     if known is None:
-        return Reason(code, f"{found}, which is known only at run time", needs, arg, "call torch._check on it, or mark it static")
+        return Reason(
+            code, f"{found}, which is known only at run time", needs, arg, "call torch._check on it, or mark it static"
+        )
     return Reason(code, found, needs, arg)
 
 

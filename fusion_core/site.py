@@ -38,7 +38,7 @@ class TensorMeta:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A kind of device and its architecture: ``Device("cuda", "sm_90")``, ``Device("cuda", "gfx942")``, ``Device("cpu")``.
+    """A kind of device and its architecture: ``Device("cuda", "sm_90")``, ``Device("cpu")``.
 
     ROCm builds of torch call their devices ``cuda`` too; the architecture tells them apart.
     """

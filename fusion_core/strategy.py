@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fusion_core.errors import BackendError
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.reason import Reason
@@ -75,7 +77,9 @@ class Strategy:
         """Raise `BackendError` where the declaration does not fit ``pattern``."""
         outputs = pattern.outputs if self.outputs is None else self.outputs
         if unknown := [name for name in outputs if name not in pattern.outputs]:
-            raise BackendError(f"strategy {self.name!r} has outputs {unknown}, needs some of {pattern.outputs} of {pattern.name!r}")
+            raise BackendError(
+                f"strategy {self.name!r} has outputs {unknown}, needs some of {pattern.outputs} of {pattern.name!r}"
+            )
         accepted = _parameters(self.impl)
         if accepted is None:
             return
@@ -95,8 +99,7 @@ class Strategy:
 
 def _parameters(impl: Callable[..., Any]) -> dict[str, bool] | None:
     """Name → is required, for every parameter of ``impl``; None where it takes anything by ``**``."""
-    if (schema := getattr(impl, "_schema", None)) is None and (overload := getattr(impl, "_opoverload", None)) is not None:
-        schema = overload._schema  # what torch.library.custom_op returns
+    schema = schema_of(impl)
     if schema is not None:
         return {argument.name: not argument.has_default_value() for argument in schema.arguments}
     parameters = inspect.signature(impl).parameters.values()
@@ -105,6 +108,14 @@ def _parameters(impl: Callable[..., Any]) -> dict[str, bool] | None:
     return {parameter.name: parameter.default is inspect.Parameter.empty for parameter in parameters}
 
 
+def schema_of(impl: Callable[..., Any]) -> Any:
+    """The schema of an operator: of an overload, a packet or what `custom_op` returns; None for a function."""
+    for holder in (impl, getattr(impl, "_opoverload", None), getattr(impl, "default", None)):
+        if isinstance(schema := getattr(holder, "_schema", None), torch.FunctionSchema):
+            return schema
+    return None
+
+
 def _head(impl: Callable[..., Any]) -> str:
-    schema = getattr(impl, "_schema", None) or getattr(getattr(impl, "_opoverload", None), "_schema", None)
+    schema = schema_of(impl)
     return str(schema) if schema is not None else f"{getattr(impl, '__name__', impl)}{inspect.signature(impl)}"

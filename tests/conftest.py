@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -44,3 +45,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("FUSION_CORE_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[str]:
+    """A default process group of one rank in this process; its name. Collectives in it are real, and change nothing."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD.group_name
+    torch.distributed.destroy_process_group()

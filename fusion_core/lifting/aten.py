@@ -31,7 +31,7 @@ def _reads(*targets: Any) -> Callable[[Rule], Rule]:
 
 
 def _aligned(operand: Any, meaning: Meaning, out: fx.Node) -> bool:
-    """Whether an operand of a pointwise operator is broadcast as its meaning says: not at all, per row, or along the last dimension."""
+    """Whether an operand is broadcast as its meaning says: not at all, per row, or along the last dimension."""
     if not isinstance(operand, fx.Node):
         return True
     shape, target = shape_of(operand), shape_of(out)
@@ -46,7 +46,11 @@ def _aligned(operand: Any, meaning: Meaning, out: fx.Node) -> bool:
 
 def _rows_match(rows: tuple[Any, ...], target: tuple[Any, ...]) -> bool:
     extra = len(rows) - len(target)
-    return extra <= 0 and same_shape(rows, target[-len(rows) :] if rows else ()) and all(same_size(s, 1) for s in target[: -extra or 0])
+    return (
+        extra <= 0
+        and same_shape(rows, target[-len(rows) :] if rows else ())
+        and all(same_size(s, 1) for s in target[: -extra or 0])
+    )
 
 
 def _row(out: fx.Node, *operands: tuple[Any, Meaning]) -> bool | None:
@@ -79,7 +83,11 @@ def _div(node: fx.Node, read: Callable[[Any], Meaning]) -> Meaning | None:
 @_reads(aten.pow.Tensor_Scalar)
 def _pow(node: fx.Node, read: Callable[[Any], Meaning]) -> Meaning | None:
     exponent = node.args[1]
-    return read(node.args[0]).power(float(exponent)) if isinstance(exponent, int | float) and dtype_of(node) in _FLOATS else None
+    return (
+        read(node.args[0]).power(float(exponent))
+        if isinstance(exponent, int | float) and dtype_of(node) in _FLOATS
+        else None
+    )
 
 
 def _power(exponent: float) -> Rule:
@@ -126,7 +134,11 @@ def _over_last_dimension(node: fx.Node, read: Callable[[Any], Meaning], coeffici
     operand, dims = node.args[0], node.args[1]
     keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
     assert isinstance(operand, fx.Node)
-    if not isinstance(dims, list | tuple) or tuple(dims) not in ((-1,), (len(shape_of(operand)) - 1,)) or dtype_of(node) not in _FLOATS:
+    if (
+        not isinstance(dims, list | tuple)
+        or tuple(dims) not in ((-1,), (len(shape_of(operand)) - 1,))
+        or dtype_of(node) not in _FLOATS
+    ):
         return None
     meaning = read(operand)
     if meaning.row is not None or len(meaning.factors) != 1:
@@ -155,8 +167,8 @@ def _same(node: fx.Node, read: Callable[[Any], Meaning]) -> Meaning | None:
 
 
 @_reads(
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.expand.default,
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.expand.default,
 )  # fmt: skip
 def _view(node: fx.Node, read: Callable[[Any], Meaning]) -> Meaning | None:
     operand = node.args[0]

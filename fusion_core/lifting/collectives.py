@@ -54,9 +54,21 @@ def _writes_elsewhere(node: fx.Node) -> Reason | None:
     x = node.args[0]
     assert isinstance(x, fx.Node)
     if x.op != "call_function":
-        return Reason("mutation", f"the all_reduce writes into {x.name}, which comes from outside the graph", "an out-of-place all_reduce", "x")
+        return Reason(
+            "mutation",
+            f"the all_reduce writes into {x.name}, which comes from outside the graph",
+            "an out-of-place all_reduce",
+            "x",
+        )
     if len(x.users) > 1:
-        return Reason("mutation", f"the all_reduce writes into {x.name}, which others use", "an out-of-place all_reduce", "x")
+        return Reason(
+            "mutation", f"the all_reduce writes into {x.name}, which others use", "an out-of-place all_reduce", "x"
+        )
     if any(value.alias_info is not None for value in getattr(getattr(x.target, "_schema", None), "returns", ())):
-        return Reason("mutation", f"the all_reduce writes into {x.name}, a view of another tensor", "an out-of-place all_reduce", "x")
+        return Reason(
+            "mutation",
+            f"the all_reduce writes into {x.name}, a view of another tensor",
+            "an out-of-place all_reduce",
+            "x",
+        )
     return None

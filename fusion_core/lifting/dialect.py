@@ -34,7 +34,9 @@ class Reading:
         Raises:
             PatternError: where the operator has no argument of a name that ``operands`` uses.
         """
-        arguments = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+        arguments = {
+            argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()
+        }
         arguments |= dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
         operands = dict(self.constants)
         for parameter, argument in self.operands.items():

@@ -89,7 +89,11 @@ class Meaning:
 
     def power(self, exponent: float) -> Meaning | None:
         """A real power; None where the constant factor has no such power."""
-        if exponent == 0 or (self.coefficient <= 0 and exponent != int(exponent)) or (self.coefficient == 0 and exponent < 0):
+        if (
+            exponent == 0
+            or (self.coefficient <= 0 and exponent != int(exponent))
+            or (self.coefficient == 0 and exponent < 0)
+        ):
             return None
         exponents = {atom: power * exponent for atom, power in self.factors}
         return _meaning(exponents, self.coefficient**exponent, self.row)
@@ -191,9 +195,11 @@ def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal, without a guard on symbolic ones."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    if isinstance(a, int) or isinstance(b, int):
-        return False
-    return bool(a.node.expr == b.node.expr)
+    return bool(_expression(a) == _expression(b))
+
+
+def _expression(size: Any) -> Any:
+    return size if isinstance(size, int) else size.node.expr
 
 
 def same_shape(a: Iterable[Any], b: Iterable[Any]) -> bool:

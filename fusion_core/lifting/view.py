@@ -108,7 +108,9 @@ class LiftedGraph:
         if node.kwargs.get("alpha", 1) != 1:
             refusal = Reason("scaled", f"{node.name} adds with alpha {node.kwargs['alpha']}", "alpha 1")
         elif scaled := next((m for m in (a, b) if _scaled_tensor(m)), None):
-            refusal = Reason("scaled", f"one side of {node.name} is scaled by {scaled.coefficient:g}", "the sum as it is")
+            refusal = Reason(
+                "scaled", f"one side of {node.name} is scaled by {scaled.coefficient:g}", "the sum as it is"
+            )
         promoted = torch.promote_types(dtype_of(x), dtype_of(residual))  # type: ignore[arg-type]
         dtype = dtype_of(node)
         operands = {"x": x, "residual": residual, "dtype": None if dtype == promoted else dtype}

@@ -1,9 +1,11 @@
 """The library's own patterns: ``all_reduce [+ residual] → rms_norm → {nothing, FP8, FP4}``."""
 
+from fusion_core.patterns import fp4, fp8, plain
 from fusion_core.patterns.definition import Pattern
-from fusion_core.patterns import plain
 
-CORE_PATTERNS: tuple[Pattern, ...] = tuple(value for module in (plain,) for value in vars(module).values() if isinstance(value, Pattern))
-"""Every pattern of the library, shortest definitions first."""
+CORE_PATTERNS: tuple[Pattern, ...] = tuple(
+    value for module in (plain, fp8, fp4) for value in vars(module).values() if isinstance(value, Pattern)
+)
+"""Every pattern of the library."""
 
 __all__ = ["CORE_PATTERNS"]

@@ -57,12 +57,17 @@ class Pattern:
     outputs: tuple[str, ...]
     returns: tuple[str, ...]
     parameters: dict[str, Parameter] = field(init=False)
+    positional: tuple[str, ...] = field(init=False)
     steps: tuple[Step, ...] = field(init=False)
     values: tuple[Symbol, ...] = field(init=False)
     """The symbol behind each output, in the order of ``outputs``."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", _parameters(self.function))
+        # plain attributes and not cached properties, whose lock Dynamo cannot trace: `bind` runs inside compiled models
+        parameters = inspect.signature(self.function).parameters.values()
+        by_position = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY and p.name != GROUP]
+        object.__setattr__(self, "positional", tuple(by_position))
         steps, values = _record(self)
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "values", values)
@@ -101,7 +106,7 @@ class Pattern:
         Raises:
             TypeError: where they do not fit the definition.
         """
-        positional = tuple(self.parameters)[: self._positional]
+        positional = self.positional
         given = {**dict(zip(positional, args, strict=False)), **kwargs}
         missing = [p.name for p in self.parameters.values() if p.required and p.name not in given]
         unknown = [name for name in kwargs if name not in self.parameters or name in positional[: len(args)]]
@@ -109,11 +114,6 @@ class Pattern:
             found = f"{len(args)} positional arguments and {', '.join(kwargs) or 'no keywords'}"
             raise TypeError(f"{self.name} got {found}, needs {self.signature()}")
         return {name: given.get(name, parameter.default) for name, parameter in self.parameters.items()}
-
-    @functools.cached_property
-    def _positional(self) -> int:
-        kinds = [p.kind for p in inspect.signature(self.function).parameters.values() if p.name != GROUP]
-        return sum(kind is not inspect.Parameter.KEYWORD_ONLY for kind in kinds)
 
     def signature(self) -> str:
         """The definition's head, for messages."""
@@ -123,7 +123,9 @@ class Pattern:
         return f"Pattern({self.name!r})"
 
 
-def pattern(*, outputs: tuple[str, ...], returns: tuple[str, ...] | None = None) -> Callable[[Callable[..., Any]], Pattern]:
+def pattern(
+    *, outputs: tuple[str, ...], returns: tuple[str, ...] | None = None
+) -> Callable[[Callable[..., Any]], Pattern]:
     """Make the function below a pattern, under the function's own name.
 
     Args:
@@ -147,12 +149,16 @@ def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
         if parameter.name == GROUP:
             continue
         if parameter.name not in hints:
-            raise PatternError(f"pattern {name!r}: parameter {parameter.name!r} has no annotation, needs torch.Tensor or a scalar type")
+            raise PatternError(
+                f"pattern {name!r}: parameter {parameter.name!r} has no annotation, needs torch.Tensor or a scalar type"
+            )
         hint = hints[parameter.name]
         is_tensor = hint is torch.Tensor or torch.Tensor in typing.get_args(hint)
         required = parameter.default is inspect.Parameter.empty
         default = None if required else parameter.default
-        parameters[parameter.name] = Parameter(parameter.name, is_tensor, required, default, type(None) in typing.get_args(hint))
+        parameters[parameter.name] = Parameter(
+            parameter.name, is_tensor, required, default, type(None) in typing.get_args(hint)
+        )
     return parameters
 
 
@@ -167,11 +173,15 @@ def _record(pattern: Pattern) -> tuple[tuple[Step, ...], tuple[Symbol, ...]]:
         ) from error
     values = returned if isinstance(returned, tuple) else (returned,)
     if len(values) != len(pattern.outputs) or not all(isinstance(value, Symbol) and value.step for value in values):
-        raise PatternError(f"pattern {pattern.name!r} returns {len(values)} values, needs {pattern.outputs}, each a word's result")
+        raise PatternError(
+            f"pattern {pattern.name!r} returns {len(values)} values, needs {pattern.outputs}, each a word's result"
+        )
     words = [step.operation.name for step in recorder.steps]
     if words[:1] != ["all_reduce"] or words.count("all_reduce") != 1:
         raise PatternError(f"pattern {pattern.name!r} is made of {words}, needs exactly one all_reduce, and that first")
     operands = recorder.steps[0].operands
     if operands["x"] is not symbols.get("x") or operands["group"] is not symbols[GROUP]:
-        raise PatternError(f"pattern {pattern.name!r} reduces {operands}, needs all_reduce(x, {GROUP}) of its own parameters")
+        raise PatternError(
+            f"pattern {pattern.name!r} reduces {operands}, needs all_reduce(x, {GROUP}) of its own parameters"
+        )
     return tuple(recorder.steps), values

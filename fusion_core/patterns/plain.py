@@ -17,7 +17,8 @@ def all_reduce(x: torch.Tensor, *, group: str) -> torch.Tensor:
         x: ``[..., n]``, floating.
         group: The process group.
     """
-    return reduce_sum(x, group)
+    reduced: torch.Tensor = reduce_sum(x, group)
+    return reduced
 
 
 @pattern(outputs=("normed", "reduced"))

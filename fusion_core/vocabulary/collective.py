@@ -19,4 +19,5 @@ def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
         A tensor of ``x``'s shape and dtype. Order and precision of the sum are the process group's own.
     """
     reduced = torch.ops._c10d_functional.all_reduce(x, "sum", group)
-    return torch.ops._c10d_functional.wait_tensor(reduced)
+    result: torch.Tensor = torch.ops._c10d_functional.wait_tensor(reduced)
+    return result

@@ -7,13 +7,14 @@ element with the lower index in the low half. Arithmetic is float32, float64 for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fusion_core.vocabulary.fp8 import check_choice, check_one_scale, divide, prepare, saturate_to_fp8
-from fusion_core.vocabulary.scale_layout import split, swizzle_128x4, unswizzle_128x4
+from fusion_core.vocabulary.scale_layout import round_up, split, swizzle_128x4, unswizzle_128x4
 
 Nvfp4ScaleLayout = Literal["swizzled_128x4", "linear"]
 Mxfp4ScaleRounding = Literal["even", "floor", "up"]
@@ -77,8 +78,10 @@ def dequantize_nvfp4(
     check_one_scale("global_scale", global_scale)
     codes = _unpack(packed, 16)
     if scale_layout == "swizzled_128x4":
-        scale = unswizzle_128x4(scale, packed.shape[:-1].numel(), codes.shape[-2]).view(codes.shape[:-1])
-    _check_scale_shape(scale, codes)
+        tokens, blocks = packed.shape[:-1].numel(), codes.shape[-2]
+        _check_shape(scale, [round_up(tokens, 128), round_up(blocks, 4)])
+        scale = unswizzle_128x4(scale, tokens, blocks).reshape(codes.shape[:-1])
+    _check_shape(scale, codes.shape[:-1])
     values = codes * scale.to(torch.float64).unsqueeze(-1) / global_scale.reshape(()).to(torch.float64)
     return values.flatten(-2).to(dtype)
 
@@ -130,7 +133,7 @@ def dequantize_mxfp4(packed: Tensor, scale: Tensor, *, dtype: torch.dtype = torc
         ValueError: The scales do not belong to ``packed``'s shape.
     """
     codes = _unpack(packed, 32)
-    _check_scale_shape(scale, codes)
+    _check_shape(scale, codes.shape[:-1])
     factor = _power_of_two(scale.to(torch.int64) - 127, torch.float64)
     factor = torch.where(scale == 255, torch.nan, factor)
     return (codes * factor.unsqueeze(-1)).flatten(-2).to(dtype)
@@ -139,13 +142,13 @@ def dequantize_mxfp4(packed: Tensor, scale: Tensor, *, dtype: torch.dtype = torc
 def _e2m1(x: Tensor, ties: Ties = "even") -> Tensor:
     """The nearest E2M1 code of each value, saturating; NaN is 7 (+6), as in PTX ``cvt.rn.satfinite.e2m1x2``."""
     magnitude = x.abs()
-    below = torch.zeros_like(x, dtype=torch.uint8)
+    below = torch.zeros_like(x)
     # the midpoints between neighbouring magnitudes; a tie at every other one goes down to the even code
     for code, midpoint in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)):
         down = ties == "even" and code % 2 == 0
         below = below + (magnitude <= midpoint if down else magnitude < midpoint)
     negative = torch.signbit(x) & ~x.isnan() if ties == "even" else x < 0
-    return 7 - below + 8 * negative.to(torch.uint8)
+    return torch.where(negative, 15 - below, 7 - below).to(torch.uint8)
 
 
 def _pack(codes: Tensor) -> Tensor:
@@ -185,6 +188,6 @@ def _format(dtype: torch.dtype) -> tuple[int, int]:
     return (52, 1023) if dtype == torch.float64 else (23, 127)
 
 
-def _check_scale_shape(scale: Tensor, codes: Tensor) -> None:
-    if scale.shape != codes.shape[:-1]:
-        raise ValueError(f"scale.shape = {list(scale.shape)}, needs {list(codes.shape[:-1])}")
+def _check_shape(scale: Tensor, shape: Sequence[int]) -> None:
+    if list(scale.shape) != list(shape):
+        raise ValueError(f"scale.shape = {list(scale.shape)}, needs {list(shape)}")

@@ -228,7 +228,8 @@ def _scale(amax: Tensor, largest: float, min_scale: float | None, *, powers_of_t
         # By comparison: compiled for a GPU a division is approximate, and an exact power of two might be doubled.
         mantissa, exponent = math.frexp(largest)
         below = _floor_to_power_of_two(amax)
-        scale = torch.where(amax > below * (2 * mantissa), below * 2, below) * 2.0 ** (1 - exponent)
+        scale = below * 2.0 ** (1 - exponent)
+        scale = torch.where(amax > below * (2 * mantissa), scale * 2, scale)
         scale = torch.where(amax.isnan(), amax, scale)
         mantissa, exponent = math.frexp(least)
         least = 2.0 ** (exponent - (mantissa == 0.5))

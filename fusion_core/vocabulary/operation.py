@@ -79,6 +79,7 @@ class Operation:
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The definition's results; symbols for them while an expression is being recorded."""
         if Recorder.active is None:
             return self.function(*args, **kwargs)
         bound = self.signature.bind(*args, **kwargs)

@@ -17,13 +17,22 @@ MARKERS = ("dist/device_communicators/custom_all_reduce.py", "jit/core.py")
 
 @hookimpl
 def fusion_available(device: Device) -> Iterator[Reason]:
-    """Why AITER cannot be used on a device. Looks for its files and never imports it: without ROCm its import raises."""
+    """Why AITER cannot be used on a device. Looks for its files; without ROCm its import raises."""
     if not torch.version.hip:
         yield Reason("platform", "this torch is not built for ROCm", "a ROCm build")
     elif device.type != "cuda" or device.arch not in ARCHITECTURES:
         yield Reason("arch", f"device is {device}", " or ".join(ARCHITECTURES))
     spec = find_spec("aiter")
     if spec is None:
-        yield Reason("not_installed", "aiter is not installed", "AMD's aiter", hint="see ROCm/aiter for how to build it")
-    elif not any(all((Path(place) / marker).is_file() for marker in MARKERS) for place in spec.submodule_search_locations or ()):
-        yield Reason("wrong_package", f"aiter at {spec.origin} is not AMD's", "AMD's aiter", hint="uninstall the package named aiter, it is unrelated")
+        yield Reason(
+            "not_installed", "aiter is not installed", "AMD's aiter", hint="see ROCm/aiter for how to build it"
+        )
+    elif not any(
+        all((Path(place) / marker).is_file() for marker in MARKERS) for place in spec.submodule_search_locations or ()
+    ):
+        yield Reason(
+            "wrong_package",
+            f"aiter at {spec.origin} is not AMD's",
+            "AMD's aiter",
+            hint="uninstall the package named aiter, it is unrelated",
+        )

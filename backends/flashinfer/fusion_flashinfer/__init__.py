@@ -28,10 +28,20 @@ def fusion_available(device: Device) -> Iterator[Reason]:
         found = version("flashinfer-python")
     except PackageNotFoundError:
         if find_spec("flashinfer") is None:
-            yield Reason("not_installed", "flashinfer is not installed", "flashinfer-python >= 0.7.2", hint="pip install 'fusion-core[flashinfer]'")
+            yield Reason(
+                "not_installed",
+                "flashinfer is not installed",
+                "flashinfer-python >= 0.7.2",
+                hint="pip install 'fusion-core[flashinfer]'",
+            )
         return
     if _release(found) < MINIMUM:
-        yield Reason("version", f"flashinfer-python is {found}", "0.7.2 or later", hint="pip install -U 'fusion-core[flashinfer]'")
+        yield Reason(
+            "version",
+            f"flashinfer-python is {found}",
+            "0.7.2 or later",
+            hint="pip install -U 'fusion-core[flashinfer]'",
+        )
 
 
 def _release(text: str) -> tuple[int, ...]:

@@ -1,0 +1,70 @@
+"""A strategy as a graph of operators, as torch traces it on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fusion_core.errors import FusionError
+from fusion_core.match import Match
+from fusion_core.patterns.definition import GROUP
+from fusion_core.reason import Reason
+from fusion_core.strategy import Strategy
+
+Decompositions = Mapping[Any, Callable[..., Any]]
+
+
+class Unplaceable(FusionError):
+    """A strategy that was chosen and cannot be put into the graph, with the reason."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def scalars(found: Match) -> dict[str, Any]:
+    """All that a match binds but tensors: scalars, the group, and None for a tensor that is absent."""
+    bound = {name: found.bound.get(name, parameter.default) for name, parameter in found.pattern.parameters.items()}
+    return {name: value for name, value in bound.items() if not isinstance(value, fx.Node)} | {
+        GROUP: found.bound[GROUP]
+    }
+
+
+def trace(
+    strategy: Strategy, found: Match, tensors: Mapping[str, torch.Tensor], decompositions: Decompositions
+) -> fx.GraphModule:
+    """The strategy as a graph from its tensors to the match's live outputs, reduced to what those need.
+
+    Raises:
+        Unplaceable: where the strategy's code raises, or holds a tensor that does not come in as an argument.
+    """
+    accepted = strategy.accepts(found.pattern) | set(found.pattern.tensors)
+    constants = {name: value for name, value in scalars(found).items() if name in accepted}
+    names = found.pattern.outputs if strategy.outputs is None else strategy.outputs
+
+    def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        returned = strategy.impl(**dict(zip(tensors, given, strict=True)), **constants)
+        results = dict(zip(names, returned if isinstance(returned, tuple | list) else (returned,), strict=True))
+        return tuple(results[name] for name in found.outputs)
+
+    try:
+        with torch.no_grad():
+            traced: fx.GraphModule = make_fx(run, dict(decompositions))(*tensors.values())
+    except Exception as error:
+        # a plugin's code ran: whatever it raised becomes the reason at this site, and other sites go on
+        text = f"tracing {strategy.name} raised {type(error).__name__}: {error}"
+        raise Unplaceable(Reason("trace", text, "an impl that runs on fake tensors")) from error
+    traced.graph.eliminate_dead_code()
+    if held := next((node for node in traced.graph.nodes if node.op == "get_attr"), None):
+        text = f"{strategy.name} holds a tensor of its own ({held.target})"
+        raise Unplaceable(Reason("trace", text, "tensors that come in as arguments"))
+    return traced
+
+
+def returned(traced: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that a traced strategy returns, in the order of the match's live outputs."""
+    return cast(list[fx.Node], list(cast(tuple[Any, ...], traced.graph.output_node().args[0])))

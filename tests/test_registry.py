@@ -1,0 +1,212 @@
+"""Backends by entry point: a broken one is named and never hides the others, in either load order."""
+
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+import torch
+
+from fusion_core import BackendError, Device, FusionConfig, Reason, Registry, Report, Strategy, pattern
+from fusion_core.vocabulary import add, all_reduce
+from tests.support.graphs import REFERENCE, plugin
+
+
+def ran(x: torch.Tensor, *, group: str) -> torch.Tensor:
+    return x
+
+
+def strategy(name: str = "acme.one", pattern: str = "all_reduce", impl: Any = ran) -> Strategy:
+    return Strategy(pattern=pattern, name=name, impl=impl)
+
+
+@pattern(outputs=("sum",))
+def all_reduce_twice(x: torch.Tensor, *, group: str) -> torch.Tensor:
+    """A pattern of a plugin: the sum, doubled."""
+    reduced = all_reduce(x, group)
+    return add(reduced, reduced)
+
+
+def half_way() -> Any:
+    yield strategy()
+    raise OSError("libacme.so: cannot open shared object file")
+
+
+def not_a_hook(word: str) -> Any:
+    return []
+
+
+def lacks_group(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def wants_more(x: torch.Tensor, streams: int, *, group: str) -> torch.Tensor:
+    return x
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "a hook that raises": ({"fusion_strategies": lambda: 1 / 0}, "ZeroDivisionError"),
+    "a generator that raises half-way": ({"fusion_strategies": half_way}, "cannot open shared object file"),
+    "a misspelt hook": ({"fusion_strategy": list}, "unknown hook 'fusion_strategy'"),
+    "a hook with a wrong argument": ({"fusion_strategies": not_a_hook}, "{'word'} are declared in the hookimpl"),
+    "two strategies of one name": (
+        {"fusion_strategies": lambda: [strategy(), strategy()]},
+        "'acme.one' is declared twice",
+    ),
+    "a strategy without its backend's name": (
+        {"fusion_strategies": lambda: [strategy("other.one")]},
+        "needs 'acme.<name>'",
+    ),
+    "a strategy without a name of its own": ({"fusion_strategies": lambda: [strategy("acme.")]}, "needs 'acme.<name>'"),
+    "a strategy for no pattern": (
+        {"fusion_strategies": lambda: [strategy(pattern="all_red")]},
+        "needs one of all_reduce",
+    ),
+    "what is no strategy": ({"fusion_strategies": lambda: ["acme.one"]}, "needs Strategy objects"),
+    "an impl that lacks a parameter": (
+        {"fusion_strategies": lambda: [strategy(impl=lacks_group)]},
+        "does not take ['group']",
+    ),
+    "an impl that wants more": ({"fusion_strategies": lambda: [strategy(impl=wants_more)]}, "requires ['streams']"),
+    "an output its pattern lacks": (
+        {"fusion_strategies": lambda: [Strategy("all_reduce", "acme.one", ran, outputs=("normed",))]},
+        "has outputs ['normed']",
+    ),
+    "a pattern of core's name": (
+        {"fusion_patterns": lambda: [pattern(outputs=("reduced",))(_named("all_reduce"))]},
+        "'all_reduce' is defined by 'fusion_core' already",
+    ),
+}
+
+
+def _named(name: str) -> Any:
+    def function(x: torch.Tensor, *, group: str) -> torch.Tensor:
+        return all_reduce(x, group)
+
+    function.__name__ = name
+    return function
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("first", ["broken first", "broken last"])
+def test_a_broken_plugin_is_named_and_the_others_load(monkeypatch: Any, what: str, first: str) -> None:
+    hooks, why = BROKEN[what]
+    broken = plugin(monkeypatch, "acme", **hooks)
+    good = plugin(monkeypatch, "zeta" if first == "broken first" else "aaa", fusion_strategies=list)
+    points = [broken, good, REFERENCE] if first == "broken first" else [REFERENCE, good, broken]
+    with pytest.warns(RuntimeWarning, match="backend 'acme' not loaded"):
+        registry = Registry.of(points, FusionConfig())
+    assert set(registry.backends) == {good.name, "reference"}
+    ((failure),) = registry.failures
+    assert failure.backend == "acme"
+    assert why in failure.reason.found
+    for config in (FusionConfig(strict=True), FusionConfig(order=("acme", "reference"))):
+        with pytest.raises(BackendError) as error:
+            _quietly(points, config)
+        assert why in str(error.value)
+
+
+def _quietly(points: list[EntryPoint], config: FusionConfig) -> Registry:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Registry.of(points, config)
+
+
+def test_a_plugin_that_does_not_import_is_named_with_its_error() -> None:
+    gone = EntryPoint("gone", "fusion_gone_missing", "fusion_core.backends")
+    with pytest.warns(RuntimeWarning, match="No module named 'fusion_gone_missing'"):
+        registry = Registry.of([gone, REFERENCE], FusionConfig())
+    assert set(registry.backends) == {"reference"}
+    assert registry.failures[0].reason.code == "import"
+
+
+def test_two_plugins_of_one_name_are_both_left_out_and_named(monkeypatch: Any) -> None:
+    mine = plugin(monkeypatch, "imposter", fusion_strategies=list)
+    imposter = EntryPoint("reference", mine.value, "fusion_core.backends")
+    for points in ([REFERENCE, imposter], [imposter, REFERENCE]):
+        registry = _quietly(points, FusionConfig())
+        assert not registry.backends
+        assert "taken by 2 entry points" in str(registry.failures[0])
+
+
+def test_two_plugins_with_a_pattern_of_one_name_keep_the_first_by_name(monkeypatch: Any) -> None:
+    points = [plugin(monkeypatch, name, fusion_patterns=lambda: [all_reduce_twice]) for name in ("bbb", "aaa")]
+    registry = _quietly(points, FusionConfig())
+    assert set(registry.backends) == {"aaa"}
+    assert "defined by 'aaa' already" in str(registry.failures[0])
+
+
+def test_a_plugin_brings_a_pattern_and_a_strategy_for_it(monkeypatch: Any) -> None:
+    hooks = {
+        "fusion_patterns": lambda: [all_reduce_twice],
+        "fusion_strategies": lambda: [strategy(pattern="all_reduce_twice")],
+    }
+    registry = Registry.of([plugin(monkeypatch, "acme", **hooks)], FusionConfig())
+    assert [s.name for s in registry.strategies("all_reduce_twice")] == ["acme.one"]
+
+
+def test_an_unknown_backend_in_order_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(
+        BackendError, match=r"order names backend 'flashinfr', which is not installed.*aiter.*reference"
+    ):
+        Registry.load(FusionConfig(order=("flashinfr",)))
+
+
+def test_order_chooses_exactly_these_backends_in_this_order() -> None:
+    assert tuple(Registry.load(FusionConfig(order=("reference", "aiter"))).backends) == ("reference", "aiter")
+    assert tuple(Registry.load(FusionConfig(order=())).backends) == ()
+
+
+def test_without_an_order_reference_comes_last(monkeypatch: Any) -> None:
+    late = plugin(monkeypatch, "zeta", fusion_strategies=list)
+    assert tuple(Registry.of([REFERENCE, late], FusionConfig()).backends) == ("zeta", "reference")
+
+
+def test_a_failed_backend_that_order_leaves_out_is_no_warning(monkeypatch: Any) -> None:
+    broken = plugin(monkeypatch, "acme", fusion_strategies=lambda: 1 / 0)
+    registry = Registry.of([broken, REFERENCE], FusionConfig(order=("reference",)))
+    assert registry.failures
+
+
+def test_availability_is_asked_once_a_device_and_its_reasons_are_kept(monkeypatch: Any) -> None:
+    asked = []
+
+    def available(device: Device) -> list[Reason]:
+        asked.append(device)
+        return [Reason("device", f"device is {device}", "an npu")]
+
+    registry = Registry.of([plugin(monkeypatch, "acme", fusion_available=available)], FusionConfig())
+    for _ in range(2):
+        assert [str(reason) for reason in registry.unavailable("acme", Device("cpu"))] == [
+            "device is cpu, needs an npu"
+        ]
+    assert asked == [Device("cpu")]
+
+
+def test_a_probe_that_raises_makes_its_own_backend_unavailable(monkeypatch: Any) -> None:
+    registry = Registry.of(
+        [plugin(monkeypatch, "acme", fusion_available=lambda device: 1 / 0), REFERENCE], FusionConfig()
+    )
+    assert "ZeroDivisionError" in str(registry.unavailable("acme", Device("cpu"))[0])
+    assert registry.unavailable("reference", Device("cpu")) == ()
+
+
+def test_a_report_reaches_every_plugin_and_one_that_raises_is_named(monkeypatch: Any) -> None:
+    heard = []
+    points = [
+        plugin(monkeypatch, "aaa", fusion_report=lambda report: 1 / 0),
+        plugin(monkeypatch, "bbb", fusion_report=lambda report: heard.append(report)),
+    ]
+    report = Report(())
+    with pytest.warns(RuntimeWarning, match="fusion_report of backend 'aaa' raised ZeroDivisionError"):
+        Registry.of(points, FusionConfig()).notify(report)
+    assert heard == [report]
+    with pytest.raises(BackendError, match="'aaa'"):
+        Registry.of(points, FusionConfig(strict=True)).notify(report)
+
+
+def test_vendor_backends_say_why_they_cannot_be_used_on_a_cpu() -> None:
+    registry = Registry.load()
+    assert "device is cpu, needs an NVIDIA GPU" in str(registry.unavailable("flashinfer", Device("cpu"))[0])
+    assert registry.unavailable("aiter", Device("cpu"))

@@ -1,0 +1,107 @@
+"""What a person and a program read of the decisions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fusion_core import Decision, Reason, Report, SiteReport, Stage, explain
+from tests.support.graphs import REFERENCE, fuse, plugin, registry
+from tests.test_emission import KERNEL, acme, opaque
+from tests.test_matching import ADD, add_then, norm, reduce, tensors
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+@pytest.fixture
+def report(monkeypatch: Any) -> Report:
+    from fusion_core import DType, Strategy
+
+    picky = Strategy(
+        ADD, "acme.picky", opaque, requires=(DType("x", torch.float16),), outputs=("normed", "residual_out")
+    )
+    absent = plugin(monkeypatch, "absent", fusion_available=lambda device: [Reason("driver", "found no driver", "one")])
+    return fuse(add_then(norm), *tensors(), using=registry(acme(monkeypatch, picky), absent, REFERENCE)).reports[0]
+
+
+def test_the_text_has_a_line_a_site_and_the_reason_of_each_refusal(report: Report) -> None:
+    lines = str(report).splitlines()
+    assert lines[0] == "fusion_core: 1 of 1 all_reduces fused on cpu"
+    assert lines[2].split() == (
+        f"all_reduce {ADD} -> reference.{ADD} x bfloat16[2, 3, 16], eps 1e-05, live normed + residual_out, world size 1".split()
+    )
+    assert "  acme.picky [requires]: x is bfloat16, needs float16 (at all_reduce)" in lines
+    assert "  absent: found no driver, needs one" in lines
+
+
+def test_every_strategy_of_every_pattern_has_a_decision(report: Report) -> None:
+    from fusion_core.patterns import CORE_PATTERNS
+
+    decided = {decision.strategy for decision in report.sites[0].decisions}
+    assert decided == {"acme.picky", *(f"reference.{pattern.name}" for pattern in CORE_PATTERNS)}
+    assert [d.strategy for d in report.sites[0].decisions if d.stage is Stage.CHOSEN] == [f"reference.{ADD}"]
+    assert all(d.reasons for d in report.sites[0].decisions if d.stage is not Stage.CHOSEN)
+
+
+def test_a_kernel_that_comes_first_outranks_the_reference_with_the_way_to_turn_it_round(monkeypatch: Any) -> None:
+    fused = fuse(add_then(norm), *tensors(), using=registry(acme(monkeypatch, KERNEL), REFERENCE))
+    late = next(d for d in fused.site.decisions if d.strategy == f"reference.{ADD}")
+    assert late.stage is Stage.OUTRANKED
+    assert str(late.reasons[0]) == "acme.add comes first; order=('reference',) chooses it"
+
+
+def test_a_report_goes_to_json_and_back(report: Report) -> None:
+    data = json.loads(json.dumps(report.to_dict()))
+    again = Report.from_dict(data)
+    assert again.to_dict() == data
+    assert str(again) == str(report)
+    assert again.fused[0].decisions == report.sites[0].decisions
+
+
+def test_a_report_of_another_schema_is_an_error() -> None:
+    with pytest.raises(ValueError, match="schema 99, needs 1"):
+        Report.from_dict({"schema": 99})
+
+
+def test_the_page_holds_every_decision_escaped_and_replaces_a_file_as_a_whole(report: Report, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    odd = SiteReport(
+        "all_reduce", None, "<node>", {}, (Decision("all_reduce", "a.b", Stage.REQUIRES, (Reason("c", "<&>"),)),)
+    )
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    replace(report, sites=(*report.sites, odd)).to_html(path)
+    page = path.read_text()
+    assert "&lt;node&gt;" in page
+    assert "&lt;&amp;&gt;" in page
+    assert "<node>" not in page
+    assert "x is bfloat16, needs float16" in page
+    assert [each.name for each in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_graph_without_an_all_reduce_says_so() -> None:
+    fused = fuse(lambda x: x + 1, torch.ones(2))
+    assert str(fused.reports[0]) == "fusion_core: no all_reduce in this graph on cpu, nothing to fuse"
+    assert fused.before == fused.after
+
+
+def test_explain_covers_every_graph_of_a_model_and_leaves_it_uncompiled() -> None:
+    def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
+        first = norm(r + reduce(x), w)
+        torch._dynamo.graph_break()
+        return norm(first + reduce(first), w)
+
+    given = tensors()
+    with torch.no_grad():
+        report = explain(model, *given)
+    assert report.origin == "explained"
+    assert [site.pattern for site in report.sites] == [ADD, ADD]
+    assert str(report).startswith("fusion_core: dry run: nothing was changed; 2 of 2 all_reduces would be fused on cpu")
+
+
+def test_explain_of_a_model_without_collectives_says_so() -> None:
+    with torch.no_grad():
+        assert "no all_reduce" in str(explain(torch.nn.Linear(2, 2), torch.ones(1, 2)))

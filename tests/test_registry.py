@@ -26,6 +26,10 @@ def all_reduce_twice(x: torch.Tensor, *, group: str) -> torch.Tensor:
     return add(reduced, reduced)
 
 
+def no_strategies() -> list[Strategy]:
+    return []
+
+
 def half_way() -> Any:
     yield strategy()
     raise OSError("libacme.so: cannot open shared object file")
@@ -46,7 +50,7 @@ def wants_more(x: torch.Tensor, streams: int, *, group: str) -> torch.Tensor:
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "a hook that raises": ({"fusion_strategies": lambda: 1 / 0}, "ZeroDivisionError"),
     "a generator that raises half-way": ({"fusion_strategies": half_way}, "cannot open shared object file"),
-    "a misspelt hook": ({"fusion_strategy": list}, "unknown hook 'fusion_strategy'"),
+    "a misspelt hook": ({"fusion_strategy": no_strategies}, "unknown hook 'fusion_strategy'"),
     "a hook with a wrong argument": ({"fusion_strategies": not_a_hook}, "{'word'} are declared in the hookimpl"),
     "two strategies of one name": (
         {"fusion_strategies": lambda: [strategy(), strategy()]},
@@ -91,7 +95,7 @@ def _named(name: str) -> Any:
 def test_a_broken_plugin_is_named_and_the_others_load(monkeypatch: Any, what: str, first: str) -> None:
     hooks, why = BROKEN[what]
     broken = plugin(monkeypatch, "acme", **hooks)
-    good = plugin(monkeypatch, "zeta" if first == "broken first" else "aaa", fusion_strategies=list)
+    good = plugin(monkeypatch, "zeta" if first == "broken first" else "aaa", fusion_strategies=no_strategies)
     points = [broken, good, REFERENCE] if first == "broken first" else [REFERENCE, good, broken]
     with pytest.warns(RuntimeWarning, match="backend 'acme' not loaded"):
         registry = Registry.of(points, FusionConfig())
@@ -122,7 +126,7 @@ def test_a_plugin_that_does_not_import_is_named_with_its_error() -> None:
 
 
 def test_two_plugins_of_one_name_are_both_left_out_and_named(monkeypatch: Any) -> None:
-    mine = plugin(monkeypatch, "imposter", fusion_strategies=list)
+    mine = plugin(monkeypatch, "imposter", fusion_strategies=no_strategies)
     imposter = EntryPoint("reference", mine.value, "fusion_core.backends")
     for points in ([REFERENCE, imposter], [imposter, REFERENCE]):
         registry = _quietly(points, FusionConfig())
@@ -159,7 +163,7 @@ def test_order_chooses_exactly_these_backends_in_this_order() -> None:
 
 
 def test_without_an_order_reference_comes_last(monkeypatch: Any) -> None:
-    late = plugin(monkeypatch, "zeta", fusion_strategies=list)
+    late = plugin(monkeypatch, "zeta", fusion_strategies=no_strategies)
     assert tuple(Registry.of([REFERENCE, late], FusionConfig()).backends) == ("zeta", "reference")
 
 

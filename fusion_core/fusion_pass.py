@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import warnings
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fusion_core._inductor import CustomGraphPass, decompositions
 from fusion_core.config import FusionConfig
 from fusion_core.decide import Decision, Verdict, judge
 from fusion_core.emit import Emitter
+from fusion_core.errors import BackendError
 from fusion_core.fingerprint import fingerprint, version
 from fusion_core.lifting.collectives import has_all_reduce
 from fusion_core.lifting.view import LiftedGraph
@@ -58,6 +60,10 @@ class FusionPass(CustomGraphPass):
         if not has_all_reduce(graph):
             return self._report((), device)
         view = LiftedGraph(graph, self.registry.dialects)
+        for problem in dict.fromkeys(view.problems):
+            if self.config.strict:
+                raise BackendError(problem)
+            warnings.warn(f"fusion_core: {problem}", RuntimeWarning, stacklevel=2)
         emitter = Emitter(graph, view, decompositions())
         verdicts = [(anchor, judge(view, anchor, term, self.registry)) for anchor, term in view.anchors]
         left = len(verdicts) if self.config.limit is None else self.config.limit

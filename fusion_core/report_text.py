@@ -37,14 +37,20 @@ def headline(report: Report) -> str:
     verb = "would be fused" if report.origin == "explained" else "fused"
     if not total:
         return f"fusion_core: {origin}no all_reduce in this graph on {report.device}, nothing to fuse"
-    return f"fusion_core: {origin}{fused} of {total} all_reduces {verb} on {report.device}"
+    return f"fusion_core: {origin}{fused} of {total} all_reduces {verb} on {_ranks(report)}{report.device}"
+
+
+def _ranks(report: Report) -> str:
+    """The number of ranks, where all sites agree on it."""
+    sizes = {site.attributes.get("world_size") for site in report.sites}
+    return f"{sizes.pop()} x " if len(sizes) == 1 and None not in sizes else ""
 
 
 def _lines(report: Report) -> Iterator[str]:
     yield headline(report)
     if report.sites:
         yield ""
-        yield from _table([_site_row(site) for site in report.sites])
+        yield from _table([_site_row(site, not _ranks(report)) for site in report.sites])
     if refused := list(_refusals(report.sites)):
         yield ""
         yield "refused:"
@@ -60,8 +66,10 @@ def _lines(report: Report) -> Iterator[str]:
         yield "no backend is in use (order is empty, or none loads)"
 
 
-def _site_row(site: SiteReport) -> tuple[str, ...]:
-    return site.node, site.pattern, f"-> {site.strategy}" if site.strategy else "not fused", facts(site.attributes)
+def _site_row(site: SiteReport, with_ranks: bool) -> tuple[str, ...]:
+    ranks = f", world size {site.attributes['world_size']}" if with_ranks and site.attributes else ""
+    chosen = f"-> {site.strategy}" if site.strategy else "not fused"
+    return site.node, site.pattern, chosen, facts(site.attributes) + ranks
 
 
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
@@ -80,7 +88,6 @@ def facts(attributes: Mapping[str, Any]) -> str:
             continue
         words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {_value(value)}")
     words.append(f"live {' + '.join(attributes['live']) or 'nothing'}")
-    words.append(f"world size {attributes['world_size']}")
     return ", ".join(words)
 
 

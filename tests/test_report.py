@@ -28,9 +28,9 @@ def report(monkeypatch: Any) -> Report:
 
 def test_the_text_has_a_line_a_site_and_the_reason_of_each_refusal(report: Report) -> None:
     lines = str(report).splitlines()
-    assert lines[0] == "fusion_core: 1 of 1 all_reduces fused on cpu"
+    assert lines[0] == "fusion_core: 1 of 1 all_reduces fused on 1 x cpu"
     assert lines[2].split() == (
-        f"all_reduce {ADD} -> reference.{ADD} x bfloat16[2, 3, 16], eps 1e-05, live normed + residual_out, world size 1".split()
+        f"all_reduce {ADD} -> reference.{ADD} x bfloat16[2, 3, 16], eps 1e-05, live normed + residual_out".split()
     )
     assert "  acme.picky [requires]: x is bfloat16, needs float16 (at all_reduce)" in lines
     assert "  absent: found no driver, needs one" in lines
@@ -99,7 +99,7 @@ def test_explain_covers_every_graph_of_a_model_and_leaves_it_uncompiled() -> Non
         report = explain(model, *given)
     assert report.origin == "explained"
     assert [site.pattern for site in report.sites] == [ADD, ADD]
-    assert str(report).startswith("fusion_core: dry run: nothing was changed; 2 of 2 all_reduces would be fused on cpu")
+    assert str(report).startswith("fusion_core: dry run: nothing was changed; 2 of 2 all_reduces would be fused on 1 x cpu")
 
 
 def test_explain_of_a_model_without_collectives_says_so() -> None:

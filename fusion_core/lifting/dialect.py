@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +49,7 @@ class Reading:
     def _results(self, node: fx.Node) -> dict[str, fx.Node]:
         if len(self.results) == 1:
             return {self.results[0]: node}
-        picked = {user.args[1]: user for user in node.users}
+        picked = {user.args[1]: user for user in node.users if user.target is operator.getitem}
         return {name: picked[index] for index, name in enumerate(self.results) if index in picked}
 
 

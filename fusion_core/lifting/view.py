@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusion_core.errors import PatternError
 from fusion_core.lifting.aten import RULES
 from fusion_core.lifting.collectives import all_reduces
 from fusion_core.lifting.dialect import Dialect, Reading
@@ -31,7 +32,11 @@ class LiftedGraph:
         self.anchors: list[tuple[fx.Node, Term]] = list(all_reduces(graph))
         self._meanings: dict[fx.Node, Meaning] = {}
         self._terms: dict[fx.Node, list[Term]] = defaultdict(list)
-        self._readings = {name: reading for dialect in dialects for name, reading in dialect.readings.items()}
+        self.problems: list[str] = []
+        """Readings that do not fit their operators; each is left out."""
+        self._readings = {
+            name: (dialect, reading) for dialect in dialects for name, reading in dialect.readings.items()
+        }
         for node in graph.nodes:
             if node.op == "call_function":
                 self._lift(node)
@@ -62,8 +67,13 @@ class LiftedGraph:
             self._terms[operand].append(term)
 
     def _lift(self, node: fx.Node) -> None:
-        if reading := self._reading(node):
-            term = reading.read(node, node.target._schema)  # type: ignore[union-attr]
+        if found := self._reading(node):
+            dialect, reading = found
+            try:
+                term = reading.read(node, node.target._schema)  # type: ignore[union-attr]
+            except PatternError as error:
+                self.problems.append(f"dialect {dialect.name!r}: {error}")
+                return
             operands = {name: self.tensor(o) if isinstance(o, fx.Node) else o for name, o in term.operands.items()}
             self._add(Term(term.word, operands, term.results, term.refusal))
             return
@@ -75,7 +85,7 @@ class LiftedGraph:
         elif node.target in _ADDS:
             self._lift_add(node)
 
-    def _reading(self, node: fx.Node) -> Reading | None:
+    def _reading(self, node: fx.Node) -> tuple[Dialect, Reading] | None:
         if not self._readings or not isinstance(node.target, torch._ops.OpOverload):
             return None
         name = node.target._schema.name

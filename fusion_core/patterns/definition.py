@@ -184,4 +184,7 @@ def _record(pattern: Pattern) -> tuple[tuple[Step, ...], tuple[Symbol, ...]]:
         raise PatternError(
             f"pattern {pattern.name!r} reduces {operands}, needs all_reduce(x, {GROUP}) of its own parameters"
         )
+    for step in recorder.steps[1:]:
+        if not any(isinstance(operand, Symbol) and operand.step is not None for operand in step.operands.values()):
+            raise PatternError(f"pattern {pattern.name!r}: {step.operation.name} takes nothing that comes before it")
     return tuple(recorder.steps), values

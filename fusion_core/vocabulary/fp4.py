@@ -100,8 +100,8 @@ def quantize_mxfp4(
     - ``"up"``: ``s - 127 = ceil(log2(max|x| / 6))``, the only rule with which nothing saturates. AITER's
       ``per_1x32_f4_quant``, torchao's ``RCEIL``, FlashInfer's ``mxfp4_quantize``.
 
-    The default is what a ROCm serving graph contains. ``s`` is at least 0, and 0 for a block of zeros, whose codes
-    are 0. A NaN or an infinity makes its block NaN: ``s = 255`` and all codes 7.
+    The default is the unfused operator that AITER's fused kernel takes as its reference. ``s`` is at least 0, and 0 for
+    a block of zeros, whose codes are 0. A NaN or an infinity makes its block NaN: ``s = 255`` and all codes 7.
 
     Args:
         x: ``[..., n]``, float16, bfloat16, float32 or float64, ``n`` a multiple of 32.

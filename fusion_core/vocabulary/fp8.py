@@ -202,7 +202,11 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def divide(x: Tensor, divisor: float) -> Tensor:
-    """``x / divisor``, correctly rounded: for a Python number torch on CUDA multiplies by the reciprocal."""
+    """``x / divisor``, correctly rounded in eager mode, where CUDA multiplies by the reciprocal of a Python number.
+
+    Inductor divides approximately on NVIDIA GPUs (unless ``TORCHINDUCTOR_EMULATE_DIVISION_ROUNDING=1``), so that the
+    last bit of a compiled float32 scale may differ.
+    """
     return x / x.new_full((), divisor)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ def explain(model: Callable[..., Any], *args: Any, config: FusionConfig | None =
     several graphs gets one report over all of them.
 
     Args:
-        model: A module or function, not compiled.
+        model: A module or function; of a compiled module, the module itself is taken.
         *args: Its arguments.
         config: Which backends may run, and how.
         **kwargs: Its keyword arguments.
@@ -36,11 +38,23 @@ def explain(model: Callable[..., Any], *args: Any, config: FusionConfig | None =
     def look(graph: torch.fx.Graph) -> None:
         found.append(fusion_pass.run(graph))
 
-    torch.compile(model, backend=_inductor.post_grad_only(_Look(look)))(*args, **kwargs)
+    compiled = torch.compile(_fresh(_call), backend=_inductor.post_grad_only(_Look(look)))
+    # whatever was compiled before, this is captured now: past its limits Dynamo would run it eagerly, in silence
+    with torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
+        compiled(getattr(model, "_orig_mod", model), args, kwargs)
     if not found:
         return fusion_pass.run(torch.fx.Graph())
     fullest = max(found, key=lambda report: len(report.sites))
     return dataclasses.replace(fullest, sites=tuple(site for report in found for site in report.sites))
+
+
+def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model(*args, **kwargs)
+
+
+def _fresh(function: Any) -> Callable[..., Any]:
+    """The function with code of its own: Dynamo keeps graphs by code, and a dry run must not use up a model's."""
+    return FunctionType(function.__code__.replace(), function.__globals__)
 
 
 class _Look(_inductor.CustomGraphPass):

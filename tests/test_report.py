@@ -99,7 +99,26 @@ def test_explain_covers_every_graph_of_a_model_and_leaves_it_uncompiled() -> Non
         report = explain(model, *given)
     assert report.origin == "explained"
     assert [site.pattern for site in report.sites] == [ADD, ADD]
-    assert str(report).startswith("fusion_core: dry run: nothing was changed; 2 of 2 all_reduces would be fused on 1 x cpu")
+    assert str(report).startswith(
+        "fusion_core: dry run: nothing was changed; 2 of 2 all_reduces would be fused on 1 x cpu"
+    )
+
+
+def test_explain_says_the_same_however_often_it_is_asked_and_uses_up_nothing_of_the_model() -> None:
+    """Dynamo gives up on code that was compiled too often, and then runs it eagerly: a wrong "nothing to fuse"."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
+            return norm(r + reduce(x), w)
+
+    model = Model()
+    with torch.no_grad():
+        for _ in range(torch._dynamo.config.recompile_limit + 1):
+            assert len(explain(model, *tensors()).fused) == 1
+        compiled = torch.compile(model, backend="fusion_core", fullgraph=True)
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            compiled(*tensors())
+        assert len(explain(compiled, *tensors()).fused) == 1
 
 
 def test_explain_of_a_model_without_collectives_says_so() -> None:

@@ -87,6 +87,7 @@ POSITIVES: dict[str, tuple[Callable[..., Any], str, set[str], dict[str, Any]]] =
     ),
     "residual first": (lambda x, r, w: (norm(s := r + reduce(x), w), s), ADD, {"normed", "residual_out"}, {}),
     "residual last": (lambda x, r, w: (norm(s := reduce(x) + r, w), s), ADD, {"normed", "residual_out"}, {}),
+    "waited for twice": (lambda x, r, w: norm(r + funcol.wait_tensor(reduce(x)), w), ADD, {"normed"}, {}),
     "residual dead after the norm": (lambda x, r, w: norm(r + reduce(x), w), ADD, {"normed"}, {}),
     "sum live beside the residual": (
         lambda x, r, w: (norm(s := r + (a := reduce(x)), w), s, a.view(-1)),

@@ -166,6 +166,13 @@ def _same(node: fx.Node, read: Callable[[Any], Meaning]) -> Meaning | None:
     return read(node.args[0])
 
 
+@_reads(torch.ops._c10d_functional.wait_tensor.default)
+def _wait(node: fx.Node, read: Callable[[Any], Meaning]) -> Meaning | None:
+    waited = node.args[0]
+    # what a collective gives is a new tensor; waiting again for what was waited for changes nothing
+    return read(waited) if isinstance(waited, fx.Node) and waited.target is node.target else None
+
+
 @_reads(
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default,
     aten.squeeze.dim, aten.squeeze.dims, aten.expand.default,

@@ -117,7 +117,7 @@ class Pattern:
 
     def signature(self) -> str:
         """The definition's head, for messages."""
-        return f"{self.name}{inspect.signature(self.function)}"
+        return f"{self.name}{inspect.signature(self.function, eval_str=True)}"
 
     def __repr__(self) -> str:
         return f"Pattern({self.name!r})"

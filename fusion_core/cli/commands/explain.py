@@ -1,0 +1,89 @@
+"""``fusion-core explain``: what fusion would do to a user's model, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import fusion_core
+from fusion_core.cli.options import Json, Order, Strict, make_config
+from fusion_core.cli.output import print_json
+from fusion_core.cli.process_group import process_group
+from fusion_core.cli.user_code import as_call, find, own_traceback
+from fusion_core.config import FusionConfig
+from fusion_core.errors import ConfigError
+from fusion_core.registry import Registry
+from fusion_core.report import Report
+
+
+def explain(
+    function: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FUNCTION", help="Returns (model, args) or (model, args, kwargs). Also file.py:FUNCTION."
+        ),
+    ],
+    order: Order = None,
+    strict: Strict = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write the report as an HTML page as well.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what would be fused in a model, by which backend, and why the rest would not: a dry run.
+
+    The model runs once, unfused. Under torchrun every rank takes part and rank 0 prints; otherwise a process group of
+    one process is there when FUNCTION is called.
+    """
+    config = make_config(order, strict)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: the report names them
+        Registry.load(config)  # an order that cannot be used is an error before the model is built
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        build = find(function)
+        with process_group() as rank:
+            report = _run(function, build, config)
+    if rank:
+        return
+    if html is not None:
+        try:
+            report.to_html(html)
+        except OSError as error:
+            raise ConfigError(f"--html {html} cannot be written: {error}") from error
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
+def _run(spec: str, build: Callable[[], Any], config: FusionConfig) -> Report:
+    try:
+        returned = build()
+    except Exception as error:
+        raise _users(error) from error
+    call = as_call(returned, spec)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fusion_core: backend", RuntimeWarning)
+            return fusion_core.explain(call.model, *call.args, config=config, **call.kwargs)
+    except Exception as error:
+        raise _users(error) from error
+
+
+def _users(error: Exception) -> typer.Exit:
+    """Shows a traceback of the user's own code."""
+    typer.echo(own_traceback(error), err=True, nl=False)
+    if "default process group twice" in str(error):
+        typer.echo(
+            "fusion-core: a process group is there already, needs a check of torch.distributed.is_initialized()",
+            err=True,
+        )
+    return typer.Exit(1)

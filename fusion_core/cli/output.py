@@ -1,0 +1,67 @@
+"""What commands print: JSON or text on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+WIDTH = 160
+"""Of tables that do not go to a terminal."""
+
+
+def print_json(value: Any) -> None:
+    """Print plain JSON types on stdout."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """An empty table without lines; the columns named by ``right`` are aligned to the right."""
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left")
+    return made
+
+
+def show(content: Table) -> None:
+    """Print a table on stdout."""
+    console = Console(markup=False, highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    with console.capture() as captured:
+        console.print(content)
+    for line in captured.get().splitlines():
+        typer.echo(line.rstrip())
+
+
+class Stages:
+    """Shows on stderr what takes long, where that is a terminal; keeps the seconds that each took."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.seconds: dict[str, float] = {}
+
+    def __enter__(self) -> Stages:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def stage(self, name: str, text: str) -> Iterator[None]:
+        """One stage; ``name`` is its key in ``seconds``, ``text`` what is shown."""
+        task = self._progress.add_task(text, total=1)
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 3)
+        self._progress.update(task, completed=1)

@@ -1,0 +1,45 @@
+"""A process group for a model that a command runs: torchrun's where it started us, else one of this process alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from fusion_core.errors import ConfigError
+
+
+@contextmanager
+def process_group() -> Iterator[int]:
+    """Have a default process group while the block runs; gives this process's rank.
+
+    Raises:
+        ConfigError: where the environment has one of RANK and WORLD_SIZE without the other, or no group comes up.
+    """
+    if dist.is_initialized():
+        yield dist.get_rank()
+        return
+    names = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if len(names) == 1:
+        raise ConfigError(
+            f"the environment has {names[0]} alone, needs RANK and WORLD_SIZE as torchrun sets them, or neither"
+        )
+    if names:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        try:
+            dist.init_process_group()
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"no process group by the environment: {error}; start it with torchrun") from error
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    failed = True
+    try:
+        yield dist.get_rank()
+        failed = False
+    finally:
+        if dist.is_initialized() and not (failed and names):  # after an error other ranks may hang in a collective
+            dist.destroy_process_group()

@@ -147,6 +147,9 @@ class Emitter:
         if len(symbolic) > 1:
             found = f"the shape [{', '.join(map(str, shape))}] has {len(symbolic)} symbolic sizes"
             raise Unplaceable(Reason("reshape", found, "at most one where a site changes shape"))
+        if symbolic and any(same_size(size, 0) for size in shape):  # beside a 0, reshape cannot tell a size left out
+            found = f"the shape [{', '.join(map(str, shape))}] has a symbolic size beside a 0"
+            raise Unplaceable(Reason("reshape", found, "no empty tensor where a site changes shape"))
         return [size if isinstance(size, int) else -1 for size in shape]
 
     def _trace(self, candidate: Candidate, fakes: dict[str, torch.Tensor]) -> fx.GraphModule:

@@ -47,6 +47,7 @@ class FusionPass(CustomGraphPass):
         self.config = (FusionConfig() if config is None else config) if registry is None else registry.config
         self.registry = Registry.load(self.config) if registry is None else registry
         self.dry_run = dry_run
+        self._uuids: dict[tuple[Device, bool], str] = {}
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite the chosen sites of a graph and record the report; a graph without a chosen site stays as it is."""
@@ -126,7 +127,10 @@ class FusionPass(CustomGraphPass):
 
     def uuid(self) -> str:
         """A key of everything that the pass's work hangs on; Inductor's compile cache uses it."""
-        return fingerprint(self.registry, self.dry_run)
+        key = Device.here(), self.dry_run  # the rest is fixed; Inductor asks several times for each graph
+        if key not in self._uuids:
+            self._uuids[key] = fingerprint(self.registry, self.dry_run)
+        return self._uuids[key]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusionPass:
         return self  # Inductor copies its configuration, and modules of plugins cannot be copied

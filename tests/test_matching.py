@@ -176,6 +176,16 @@ def test_a_flattened_chain_is_found_with_a_token_count_known_only_at_run_time() 
     assert fused.results[1].shape == (6, N)
 
 
+def test_an_empty_chain_that_changes_shape_with_a_size_known_only_at_run_time_is_refused() -> None:
+    x, r, w = torch.zeros(3, 0, 2, N), torch.zeros(3, 0, 2, N), torch.ones(N)
+    for tensor in (x, r):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    fused = fuse(two_views, x, r, w)
+    late = next(d for d in fused.site.decisions if d.strategy == f"reference.{ADD}")
+    assert late.stage is Stage.REPLACEMENT
+    assert "a symbolic size beside a 0" in str(late.reasons[0])
+
+
 def layer_norm(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
     total = r + reduce(x)
     centred = total - total.mean(-1, keepdim=True)

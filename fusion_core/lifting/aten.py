@@ -166,6 +166,14 @@ def _same(node: fx.Node, read: Callable[[Any], Meaning]) -> Meaning | None:
     return read(node.args[0])
 
 
+@_reads(aten.copy.default)
+def _copy(node: fx.Node, read: Callable[[Any], Meaning]) -> Meaning | None:
+    source = node.args[1]  # its value in the strides of the first argument: what an in-place collective leaves behind
+    if not isinstance(source, fx.Node) or not _same_form(source, node) or dtype_of(source) != dtype_of(node):
+        return None
+    return read(source)
+
+
 @_reads(torch.ops._c10d_functional.wait_tensor.default)
 def _wait(node: fx.Node, read: Callable[[Any], Meaning]) -> Meaning | None:
     waited = node.args[0]

@@ -31,7 +31,9 @@ def test_every_pattern_has_an_eager_function_that_gives_its_definition(pattern: 
     results = getattr(ops, pattern.name)(**values, outputs=pattern.outputs)
     wanted = pattern.function(**pattern.bind((), values), group="0")
     for got, expected in zip(
-        results if isinstance(results, tuple) else (results,), wanted if isinstance(wanted, tuple) else (wanted,), strict=True
+        results if isinstance(results, tuple) else (results,),
+        wanted if isinstance(wanted, tuple) else (wanted,),
+        strict=True,
     ):
         assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
 
@@ -65,7 +67,9 @@ def test_a_norm_without_weight(given: dict[str, Any]) -> None:
         ({"outputs": ()}, "outputs are (), needs some of"),
     ],
 )
-def test_tensors_that_do_not_fit_are_an_error_that_says_why(given: dict[str, Any], changed: dict[str, Any], why: str) -> None:
+def test_tensors_that_do_not_fit_are_an_error_that_says_why(
+    given: dict[str, Any], changed: dict[str, Any], why: str
+) -> None:
     with pytest.raises(ConfigError, match=re.escape(why)):
         ops.all_reduce_add_rms_norm(**{**given, **changed})
 
@@ -82,7 +86,9 @@ def test_an_unknown_pattern_name_is_an_attribute_error() -> None:
 
 
 def test_with_no_backend_the_error_lists_why(given: dict[str, Any]) -> None:
-    with pytest.raises(BackendError, match="no strategy can run all_reduce_add_rms_norm here: no backend in use has one"):
+    with pytest.raises(
+        BackendError, match="no strategy can run all_reduce_add_rms_norm here: no backend in use has one"
+    ):
         ops.all_reduce_add_rms_norm(**given, config=FusionConfig(order=()))
 
 

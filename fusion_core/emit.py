@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from fusion_core.decide import Candidate
 from fusion_core.lifting.meaning import same_shape, same_size, shape_of
@@ -101,12 +102,11 @@ class Emitter:
             place = node
         insert = _Inserter(self.graph, self.view.position, place, found.erased[-1], plan.candidate.strategy.name)
         tensors = dict(plan.inputs)
-        with tensors["x"].meta["val"].fake_mode:
-            for name, sizes in plan.reshapes.items():
-                tensors[name] = insert(torch.ops.aten.reshape.default, (tensors[name], sizes))
-            outputs = dict(zip(found.outputs, insert.copy(plan.traced, list(tensors.values())), strict=True))
-            for name, sizes in plan.views.items():
-                outputs[name] = insert(torch.ops.aten.reshape.default, (outputs[name], sizes))
+        for name, sizes in plan.reshapes.items():
+            tensors[name] = insert(torch.ops.aten.reshape.default, (tensors[name], sizes))
+        outputs = dict(zip(found.outputs, insert.copy(plan.traced, list(tensors.values())), strict=True))
+        for name, sizes in plan.views.items():
+            outputs[name] = insert(torch.ops.aten.reshape.default, (outputs[name], sizes))
         for name, old in found.outputs.items():
             old.replace_all_uses_with(outputs[name])
             self._replaced[old] = outputs[name]
@@ -181,6 +181,24 @@ def _results(candidate: Candidate, traced: fx.GraphModule) -> dict[str, torch.Te
     return results
 
 
+def _allocates(target: Any) -> bool:
+    """Whether an operator's result is memory of its own: later passes compare memory to see what may be reused."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
+        return False
+    returns = target._schema.returns
+    return len(returns) == 1 and returns[0].alias_info is None and target not in _MAY_ALIAS
+
+
+_MAY_ALIAS = (torch.ops.aten.reshape.default, torch.ops.aten._to_copy.default, torch.ops.aten.contiguous.default)
+
+
+def _another(like: FakeTensor) -> FakeTensor:
+    """A fake tensor of the same form with memory of its own; some ten times cheaper than to run the operator."""
+    with unset_fake_temporarily():  # Inductor runs passes under a fake mode, which would take this for an operator
+        memory = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+        return FakeTensor(like.fake_mode, memory, like.device)
+
+
 class _Inserter:
     """Inserts nodes one behind another, with the metadata that later passes read."""
 
@@ -190,15 +208,24 @@ class _Inserter:
         self.graph = graph
         self.position = position
         self.place = place
+        self.fake_mode = source.meta["val"].fake_mode
         inherited = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "seq_nr")
         self.meta = {key: source.meta[key] for key in inherited if key in source.meta} | {PROVENANCE: strategy}
 
-    def __call__(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    def __call__(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, like: Any = None
+    ) -> fx.Node:
+        """Insert one operator. ``like`` is what it gives, where that is known from an equal site."""
         kwargs = kwargs or {}
         with self.graph.inserting_after(self.place):
             node = self.graph.call_function(target, args, kwargs)
-        values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        node.meta |= {**self.meta, "val": target(*values, **keywords)}
+        if isinstance(like, FakeTensor) and _allocates(target):
+            value = _another(like)
+        else:
+            values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+            with self.fake_mode:
+                value = target(*values, **keywords)
+        node.meta |= {**self.meta, "val": value}
         # as late as the node before it: enough to compare with nodes that were there from the start
         self.position[node] = self.position[self.place]
         self.place = node
@@ -213,5 +240,5 @@ class _Inserter:
                 copied[node] = next(remaining)
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), copied.__getitem__)
-                copied[node] = self(node.target, args, kwargs)
+                copied[node] = self(node.target, args, kwargs, node.meta.get("val"))
         return [copied[node] for node in returned(traced)]

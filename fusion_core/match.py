@@ -41,6 +41,10 @@ def match(pattern: Pattern, view: LiftedGraph, anchor: fx.Node, term: Term) -> M
     """The pattern at an all_reduce, or the reason of its nearest miss."""
     if term.refusal is not None:
         return term.refusal
+    for step in pattern.steps[1:]:
+        if step.operation.name not in view.words:  # most patterns, in most graphs: not worth a walk
+            word = step.operation.name
+            return Reason("structure", f"nothing in this graph reads as {word}", f"{word} of what comes before")
     first = pattern.steps[0]
     environment = _unify(first, term, {})
     if environment is None:

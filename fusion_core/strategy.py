@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,18 @@ class Strategy:
             live output is refused.
         inline: True where ``impl`` is the pattern's own torch code, so that choosing it changes nothing for Inductor.
         rank: Orders strategies of one backend and one pattern; the highest comes first.
+
+    Example:
+        >>> from fusion_core import DType, MultipleOf, TensorMeta
+        >>> from fusion_core.patterns.plain import all_reduce
+        >>> def impl(x: torch.Tensor, *, group: str) -> torch.Tensor: ...
+        >>> requires = (DType("x", torch.bfloat16), MultipleOf("x", dim=-1, of=8))
+        >>> strategy = Strategy("all_reduce", "acme.one_shot", impl, requires)
+        >>> x = TensorMeta((4, 20), torch.float64)
+        >>> for reason in strategy.cannot(Site("all_reduce", "all_reduce", {"x": x}, {"reduced": x}), all_reduce):
+        ...     print(reason)
+        x is float64, needs bfloat16
+        x.shape[-1] is 20, needs a multiple of 8
     """
 
     pattern: str
@@ -51,8 +64,11 @@ class Strategy:
     def accepts(self, pattern: Pattern) -> frozenset[str]:
         """The scalar parameters of the pattern, and ``group``, that ``impl`` takes."""
         names = frozenset((*pattern.scalars, GROUP))
-        accepted = _parameters(self.impl)
-        return names if accepted is None else names & accepted.keys()
+        return names if self._parameters is None else names & self._parameters.keys()
+
+    @functools.cached_property
+    def _parameters(self) -> dict[str, bool] | None:
+        return _parameters(self.impl)
 
     def implied(self, pattern: Pattern) -> tuple[Requirement, ...]:
         """What its outputs and the parameters of ``impl`` require without saying so."""
@@ -80,7 +96,7 @@ class Strategy:
             raise BackendError(
                 f"strategy {self.name!r} has outputs {unknown}, needs some of {pattern.outputs} of {pattern.name!r}"
             )
-        accepted = _parameters(self.impl)
+        accepted = self._parameters
         if accepted is None:
             return
         needed = [p.name for p in pattern.parameters.values() if p.is_tensor or p.required] + [GROUP]

@@ -58,6 +58,11 @@ class LiftedGraph:
         """The node whose value ``node`` has, behind casts and views that change nothing."""
         return self.meaning(node).tensor or node
 
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """The words that anything in the graph reads as, all_reduce aside."""
+        return frozenset(term.word for terms in self._terms.values() for term in terms)
+
     def terms(self, value: fx.Node, word: str) -> Iterator[Term]:
         """Terms of a word that take ``value`` as an operand; the longest spelling of one expression first."""
         return (term for term in reversed(self._terms[value]) if term.word == word)

@@ -1,4 +1,4 @@
-"""What fusion_core costs at compile time: its share of Inductor's time, how that grows with the model, and its import.
+"""What fusion_core costs at compile time: its share of Inductor's time, and how that grows with the model.
 
     python benchmarks/compile_overhead.py --json benchmarks/results/compile_overhead.json
 
@@ -37,7 +37,6 @@ SHAPE = {
 
 MAX_SHARE = 0.01  # of Inductor's time
 MAX_GROWTH = 5.0  # from 20 to 80 layers
-MAX_IMPORT = 1.10  # of torch's import
 
 
 class Clock:
@@ -235,25 +234,6 @@ def in_fresh_process(layers, parallel, repeats):
         return json.loads(out.read_text()) | load
 
 
-def imports(runs):
-    """Seconds of ``import torch`` and of ``import fusion_core``, which brings torch, in fresh processes by turns."""
-    names = ("torch", "fusion_core")
-    code = (
-        "import time; w, c = time.perf_counter(), time.process_time(); import {0}; "
-        "print(time.perf_counter() - w, time.process_time() - c)"
-    )
-    wall, cpu = {name: [] for name in names}, {name: [] for name in names}
-    for turn in range(runs + 1):
-        for name in names if turn % 2 else reversed(names):
-            done = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True, check=True)
-            if turn:  # the first turn warms the file cache
-                for seconds, value in zip((wall, cpu), done.stdout.split(), strict=True):
-                    seconds[name].append(float(value))
-    medians = {kind: {n: statistics.median(s[n]) for n in names} for kind, s in (("wall", wall), ("cpu", cpu))}
-    ratios = {kind: median["fusion_core"] / median["torch"] for kind, median in medians.items()}
-    return {"runs": runs, "wall": wall, "cpu": cpu, "median": medians, "ratio": ratios}
-
-
 def machine():
     """Where and when the numbers were taken."""
     model = platform.processor() or platform.machine()
@@ -280,7 +260,6 @@ def bars(record):
         yield "our time, 80 layers / 20 layers", large["wall"]["ours"] / small["wall"]["ours"], MAX_GROWTH
         growth = large["again_median"] / small["again_median"]
         yield "the pass alone again, 80 layers / 20 layers", growth, MAX_GROWTH
-    yield "import fusion_core / import torch", record["import"]["ratio"]["wall"], MAX_IMPORT
 
 
 def title(case):
@@ -316,9 +295,6 @@ def show(record):
         for first, *rest in rows:
             print(first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(rest, widths[1:], strict=True)))
     print()
-    median = record["import"]["median"]["wall"]
-    print(f"import torch {median['torch']:.3f} s, import fusion_core {median['fusion_core']:.3f} s")
-    print()
     for text, found, bar in bars(record):
         print(f"{'met   ' if found <= bar else 'MISSED'}  {text}: {found:.4f}, at most {bar}")
 
@@ -327,7 +303,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 20, 80], help="tensor-parallel models to compile")
     parser.add_argument("--repeats", type=int, default=5, help="runs of the pass on copies of each graph")
-    parser.add_argument("--import-runs", type=int, default=15, help="imports of each library")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     parser.add_argument("--case", type=int, nargs=2, help=argparse.SUPPRESS)  # one model, in this process
     options = parser.parse_args()
@@ -336,7 +311,7 @@ def main():
         result = repeat(layers, parallel, options.repeats) if options.repeats else measure(layers, parallel)
         options.json.write_text(json.dumps(result))
         return 0
-    record = {"machine": machine(), "import": imports(options.import_runs), "cases": []}
+    record = {"machine": machine(), "cases": []}
     for layers, parallel in [*((layers, True) for layers in options.layers), (options.layers[0], False)]:
         case = in_fresh_process(layers, parallel, 0) | in_fresh_process(layers, parallel, options.repeats)
         record["cases"].append(case)

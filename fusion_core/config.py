@@ -92,6 +92,14 @@ class FusionConfig:
 
     Raises:
         ConfigError: for a value of the wrong type or outside its range, in an argument or in the environment.
+
+    Example:
+        >>> FusionConfig(order=["acme", "reference"]).order
+        ('acme', 'reference')
+        >>> FusionConfig(numerics="fast")
+        Traceback (most recent call last):
+            ...
+        fusion_core.ConfigError: numerics is 'fast', needs one of default, deterministic
     """
 
     order: tuple[str, ...] | None = _default("order", None)

@@ -16,6 +16,12 @@ class Reason:
         needs: What would do, as a phrase, or empty where nothing would: ``"bfloat16 or float16"``.
         arg: The argument that is to blame, where there is one.
         hint: The next step, where there is one: a command, an option, an issue.
+
+    Example:
+        >>> print(Reason("dtype", "x is float64", "bfloat16 or float16", arg="x"))
+        x is float64, needs bfloat16 or float16
+        >>> print(Reason("version", "acme is 1.2", "1.3 or later", hint="pip install -U acme"))
+        acme is 1.2, needs 1.3 or later; pip install -U acme
     """
 
     code: str

@@ -22,6 +22,7 @@ from fusion_core.patterns.definition import Pattern
 from fusion_core.reason import Reason
 from fusion_core.site import Device
 from fusion_core.strategy import Strategy
+from fusion_core.vocabulary import Operation
 
 GROUP = "fusion_core.backends"
 LAST = ("reference",)
@@ -165,9 +166,17 @@ def _load_all(points: list[EntryPoint]) -> tuple[dict[str, Backend], list[LoadFa
     for name in sorted(loaded):
         attempt(name, lambda name=name: _check_patterns(loaded[name], taken))  # type: ignore[misc]
     for name in sorted(loaded):
-        known = {p.name: p for p in CORE_PATTERNS} | {p.name: p for b in loaded.values() for p in b.patterns}
+        known = _known(loaded)
         attempt(name, lambda name=name, known=known: _check_strategies(loaded[name], known))  # type: ignore[misc]
+    for name in sorted(loaded):
+        words = {s.operation.name: s.operation for p in _known(loaded).values() for s in p.steps}
+        attempt(name, lambda name=name, words=words: _check_readings(loaded[name], words))  # type: ignore[misc]
     return loaded, sorted(failures, key=lambda failure: failure.backend)
+
+
+def _known(loaded: dict[str, Backend]) -> dict[str, Pattern]:
+    """Core's patterns and those of the backends that are still in."""
+    return {p.name: p for p in CORE_PATTERNS} | {p.name: p for b in loaded.values() for p in b.patterns}
 
 
 def _failure(error: Exception) -> Reason:
@@ -237,6 +246,22 @@ def _check_strategies(backend: Backend, patterns: dict[str, Pattern]) -> None:
             known = ", ".join(sorted(patterns))
             raise BackendError(f"strategy {strategy.name!r} is for pattern {strategy.pattern!r}, needs one of {known}")
         strategy.check(patterns[strategy.pattern])
+
+
+def _check_readings(backend: Backend, words: dict[str, Operation]) -> None:
+    """Raise where a reading does not fit its word: it would never be matched, and nothing would say why."""
+    for dialect in backend.dialects:
+        for operator, reading in dialect.readings.items():
+            where = f"dialect {dialect.name!r}, reading of {operator!r}"
+            if reading.word not in words:
+                raise BackendError(f"{where}: the word is {reading.word!r}, needs one of {', '.join(sorted(words))}")
+            word = words[reading.word]
+            given, needed = {*reading.operands, *reading.constants}, set(word.signature.parameters)
+            if given != needed:
+                lacks, extra = sorted(needed - given), sorted(given - needed)
+                raise BackendError(f"{where} lacks {lacks} and has {extra} too many, needs {word.name}{word.signature}")
+            if reading.results != word.results:
+                raise BackendError(f"{where} gives {reading.results}, needs {word.results}, the results of {word.name}")
 
 
 def _tiers(

@@ -18,6 +18,18 @@ class Requirement(Protocol):
 
     ``str()`` states it positively (``"x in bfloat16, float16"``); ``repr()`` tells two different ones apart, because
     it is a part of the compile-cache key. A dataclass has such a repr by itself.
+
+    Example:
+        >>> from fusion_core import TensorMeta
+        >>> x = TensorMeta((4, 20), torch.bfloat16)
+        >>> site = Site("all_reduce", "all_reduce", inputs={"x": x}, outputs={"reduced": x}, world_size=2)
+        >>> requirement = MultipleOf("x", dim=-1, of=8)
+        >>> print(requirement)
+        x.shape[-1] a multiple of 8
+        >>> print(requirement.unmet(site))
+        x.shape[-1] is 20, needs a multiple of 8
+        >>> print(WorldSize(2, 4, 8).unmet(site))
+        None
     """
 
     def unmet(self, site: Site) -> Reason | None:
@@ -232,6 +244,22 @@ class Dimensions:
 
     def __str__(self) -> str:
         return f"{self.arg} with {_or(self.counts)} dimensions"
+
+
+@dataclass(frozen=True)
+class Present:
+    """The site has this tensor: a norm with a weight, where the pattern allows one without."""
+
+    arg: str
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why the tensor is missing."""
+        if site.tensor(self.arg) is not None:
+            return None
+        return Reason("present", f"there is no {self.arg}", "one", self.arg)
+
+    def __str__(self) -> str:
+        return f"{self.arg} present"
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,12 @@ class Device:
     """A kind of device and its architecture: ``Device("cuda", "sm_90")``, ``Device("cpu")``.
 
     ROCm builds of torch call their devices ``cuda`` too; the architecture tells them apart.
+
+    Example:
+        >>> print(Device("cuda", "gfx942"))
+        cuda (gfx942)
+        >>> Device.of(torch.device("cpu"))
+        Device(type='cpu', arch='')
     """
 
     type: str
@@ -78,6 +84,12 @@ class Site:
         device: Where the tensors are.
         world_size: The number of ranks in the process group.
         group: The process group's name.
+
+    Example:
+        >>> x = TensorMeta((4, 64), torch.bfloat16)
+        >>> site = Site("all_reduce", "all_reduce_1", inputs={"x": x}, outputs={"reduced": x}, world_size=8)
+        >>> print(site.tensor("reduced"))
+        bfloat16[4, 64]
     """
 
     pattern: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from fusion_core.errors import BackendError
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.reason import Reason
-from fusion_core.requirements import Attribute, LiveOutputs, Requirement
+from fusion_core.requirements import Attribute, LiveOutputs, Present, Requirement
 from fusion_core.site import Site
 
 
@@ -70,6 +71,17 @@ class Strategy:
     def _parameters(self) -> dict[str, bool] | None:
         return _parameters(self.impl)
 
+    @functools.cached_property
+    def _tensors_needed(self) -> frozenset[str]:
+        """Parameters of ``impl`` that are tensors and cannot be None; torch itself would let None through."""
+        if (schema := schema_of(self.impl)) is not None:
+            return frozenset(a.name for a in schema.arguments if isinstance(a.type, torch.TensorType))
+        try:
+            hints = typing.get_type_hints(self.impl)
+        except (NameError, TypeError):
+            return frozenset()
+        return frozenset(name for name, hint in hints.items() if hint is torch.Tensor)
+
     def implied(self, pattern: Pattern) -> tuple[Requirement, ...]:
         """What its outputs and the parameters of ``impl`` require without saying so."""
         requirements: list[Requirement] = []
@@ -77,6 +89,8 @@ class Strategy:
             requirements.append(LiveOutputs(*self.outputs))
         missing = [pattern.parameters[name] for name in pattern.scalars if name not in self.accepts(pattern)]
         requirements.extend(Attribute(parameter.name, parameter.default) for parameter in missing)
+        optional = [name for name in pattern.tensors if pattern.parameters[name].optional]
+        requirements.extend(Present(name) for name in optional if name in self._tensors_needed)
         return tuple(requirements)
 
     def cannot(self, site: Site, pattern: Pattern) -> tuple[Reason, ...]:

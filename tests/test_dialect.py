@@ -1,5 +1,6 @@
 """Operators of another framework, read as words of the vocabulary."""
 
+import dataclasses
 import sys
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -108,7 +109,7 @@ def test_an_operator_with_several_results_is_read_and_fused_by_a_pattern_of_the_
 def test_a_reading_with_an_argument_that_the_operator_lacks_is_an_error_that_shows_the_operator(
     monkeypatch: Any,
 ) -> None:
-    wrong = Reading("rms_norm", {"x": "hiden", "weight": "gamma", "eps": "epsilon"})
+    wrong = dataclasses.replace(NORM, operands={**NORM.operands, "x": "hiden"})
     theirs = plugin(
         monkeypatch, "their", fusion_dialects=lambda: [Dialect("their", {"fusion_core_tests::their_norm": wrong})]
     )
@@ -119,6 +120,26 @@ def test_a_reading_with_an_argument_that_the_operator_lacks_is_an_error_that_sho
     torch.testing.assert_close(fused.results, model(*given))
     with pytest.raises(Exception, match="uses its argument 'hiden'"):
         fuse(model, *given, using=registry(theirs, REFERENCE, config=FusionConfig(strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"word": "rmsnorm"}, "the word is 'rmsnorm', needs one of add, all_reduce"),
+        ({"constants": {"weight_bias": 0.0}}, r"lacks \['dtype'\] and has \[\] too many, needs rms_norm\("),
+        ({"constants": {"weight_bias": 0.0, "dtype": None, "bias": 1}}, r"has \['bias'\] too many"),
+        ({"results": ("result",)}, r"gives \('result',\), needs \('normed',\)"),
+    ],
+)
+def test_a_reading_that_does_not_fit_its_word_is_named_at_load(
+    monkeypatch: Any, changed: dict[str, Any], why: str
+) -> None:
+    reading = dataclasses.replace(NORM, **changed)
+    theirs = plugin(
+        monkeypatch, "their", fusion_dialects=lambda: [Dialect("their", {"fusion_core_tests::their_norm": reading})]
+    )
+    with pytest.warns(RuntimeWarning, match=f"backend 'their' not loaded: dialect 'their', reading of .*{why}"):
+        assert "their" not in registry(theirs, REFERENCE).backends
 
 
 def lacks_group(x: torch.Tensor) -> torch.Tensor:

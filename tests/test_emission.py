@@ -85,6 +85,33 @@ def test_a_scalar_that_a_kernel_does_not_take_keeps_it_out(monkeypatch: Any) -> 
     assert fused.before == fused.after
 
 
+@torch.library.custom_op("fusion_core_tests::weighted", mutates_args=())
+def weighted(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, group: str) -> torch.Tensor:
+    """A kernel that needs a weight; torch would hand it None all the same."""
+    return opaque(x, residual, weight, eps, group)[0]
+
+
+@weighted.register_fake
+def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, group: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _weighted(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, group: str) -> torch.Tensor:
+    return weighted(x, residual, weight, eps, group)
+
+
+@pytest.mark.parametrize(
+    "impl", [weighted, torch.ops.fusion_core_tests.weighted.default, _weighted], ids=["op", "overload", "function"]
+)
+def test_a_kernel_that_needs_a_weight_is_not_given_none(monkeypatch: Any, impl: Any) -> None:
+    using = registry(acme(monkeypatch, Strategy(ADD, "acme.weighted", impl, outputs=("normed",))))
+    assert fuse(lambda x, r, w: norm(r + reduce(x), w), *tensors(), using=using).site.strategy == "acme.weighted"
+    without = fuse(lambda x, r, w: norm(r + reduce(x), None), *tensors(), using=using)
+    assert without.site.strategy is None
+    refused = next(d for d in without.site.decisions if d.strategy == "acme.weighted")
+    assert [str(reason) for reason in refused.reasons] == ["there is no weight, needs one"]
+
+
 def _wrong_dtype(x: torch.Tensor, residual: torch.Tensor, weight: Any, eps: float, group: str) -> Any:
     normed, total = opaque(x, residual, weight, eps, group)
     return normed.float(), total

@@ -16,6 +16,7 @@ from fusion_core import (
     LiveOutputs,
     MultipleOf,
     OnDevice,
+    Present,
     Requirement,
     SameDType,
     Site,
@@ -126,6 +127,12 @@ CASES: list[tuple[Requirement, list[Site], list[tuple[Site, str]], str]] = [
             (with_x((1, 1, 4, 64)), "x has 4 dimensions, needs 2 or 3"),
         ],
         "x with 2 or 3 dimensions",
+    ),
+    (
+        Present("weight"),
+        [SITE],
+        [(replace(SITE, inputs={"x": SITE.inputs["x"]}), "there is no weight, needs one")],
+        "weight present",
     ),
     (
         Contiguous("x"),

@@ -22,6 +22,21 @@ class Reading:
         operands: The word's parameter → the name of the operator's argument.
         constants: The word's parameter → a constant, where the operator has no argument for it.
         results: The word's result names, one for each result of the operator, in the operator's order.
+
+    Example:
+        For ``acme::rms_norm(Tensor hidden, Tensor gamma, float epsilon) -> Tensor``; every parameter of the word has
+        its place:
+
+        >>> reading = Reading(
+        ...     "rms_norm",
+        ...     operands={"x": "hidden", "weight": "gamma", "eps": "epsilon"},
+        ...     constants={"weight_bias": 0.0, "dtype": None},
+        ...     results=("normed",),
+        ... )
+        >>> from fusion_core.vocabulary import rms_norm
+        >>> set(rms_norm.signature.parameters) == {*reading.operands, *reading.constants}
+        True
+        >>> dialect = Dialect("acme", {"acme::rms_norm": reading})
     """
 
     word: str

@@ -49,6 +49,9 @@ class Pattern:
         function: The definition. Its name is the pattern's name.
         outputs: Names of what it returns, in order.
         returns: The outputs that the eager function of the same name returns unless asked for others.
+        example: For `fusion_core.testing`: from x's shape and dtype, a `TensorMeta` or value for each parameter that
+            the kit cannot make up by itself (it knows ``x``, what is added to it, ``weight``, ``scale``,
+            ``global_scale``, ``eps`` and defaults). None where there is none.
         parameters: Its parameters but ``group``, by name.
         steps: The definition written down, operation by operation; the first is the all_reduce.
     """
@@ -56,6 +59,7 @@ class Pattern:
     function: Callable[..., Any]
     outputs: tuple[str, ...]
     returns: tuple[str, ...]
+    example: Callable[[tuple[int, ...], torch.dtype], dict[str, Any]] | None = None
     parameters: dict[str, Parameter] = field(init=False)
     positional: tuple[str, ...] = field(init=False)
     steps: tuple[Step, ...] = field(init=False)
@@ -124,15 +128,30 @@ class Pattern:
 
 
 def pattern(
-    *, outputs: tuple[str, ...], returns: tuple[str, ...] | None = None
+    *,
+    outputs: tuple[str, ...],
+    returns: tuple[str, ...] | None = None,
+    example: Callable[[tuple[int, ...], torch.dtype], dict[str, Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Pattern]:
     """Make the function below a pattern, under the function's own name.
 
     Args:
         outputs: Names of what it returns, in order.
         returns: The outputs that the eager function returns by default; None for all.
+        example: See `Pattern`.
+
+    Example:
+        >>> from fusion_core.vocabulary import add, all_reduce
+        >>> @pattern(outputs=("total", "reduced"))
+        ... def all_reduce_add(x: torch.Tensor, residual: torch.Tensor, *, group: str) -> tuple[torch.Tensor, ...]:
+        ...     reduced = all_reduce(x, group)
+        ...     return add(reduced, residual), reduced
+        >>> all_reduce_add
+        Pattern('all_reduce_add')
+        >>> all_reduce_add.words
+        ('all_reduce', 'add')
     """
-    return lambda function: Pattern(function, outputs, outputs if returns is None else returns)
+    return lambda function: Pattern(function, outputs, outputs if returns is None else returns, example)
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:

@@ -1,0 +1,194 @@
+"""What checks are made of: their verdicts, examples to check, and runs of them in workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import hypothesis
+from hypothesis import HealthCheck, Phase
+from hypothesis import strategies as st
+
+from fusion_core.errors import FusionError, PatternError
+from fusion_core.reason import Reason
+from fusion_core.requirements import Requirement
+from fusion_core.site import Device, Site
+from fusion_core.testing import pools
+from fusion_core.testing.drawing import draw_site, draw_tensors
+from fusion_core.testing.jobs import Outcome
+from fusion_core.testing.requirement_sides import NoSides
+from fusion_core.testing.sites import Impossible, describe, example_site
+from fusion_core.testing.subject import Subject
+from fusion_core.testing.tensors import Values
+from fusion_core.workers import WorkerError
+
+T = TypeVar("T")
+
+
+class CheckFailed(FusionError):
+    """A promise that is not kept; the text says by which strategy, where, what was found and what is needed."""
+
+
+class CheckSkipped(FusionError):
+    """A check that cannot be made on this machine; the text is the reason."""
+
+
+class CheckNotApplicable(CheckSkipped):
+    """A check that says nothing about this strategy, on any machine; the text is the reason."""
+
+
+class _Stop(BaseException):
+    """Ends hypothesis's search with its first failure, where each further one would cost new workers."""
+
+    def __init__(self, failure: CheckFailed) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+
+def fail(subject: Subject, site: Site, found: str, rank: int | None = None, values: Values | None = None) -> NoReturn:
+    """Raise `CheckFailed` with everything that an author needs to see it again."""
+    where = "" if rank is None else f"\n  on rank {rank}"
+    numbers = "" if values is None else f"\n  with {values}"
+    raise CheckFailed(f"{subject}: {found}\n  at {describe(site)}{where}{numbers}")
+
+
+def example(subject: Subject, device: Device, world_size: int = 2) -> Site:
+    """The strategy's own example.
+
+    Raises:
+        CheckFailed: where it has none.
+    """
+    try:
+        return example_site(subject.pattern, subject.strategy, device=device, world_size=world_size)
+    except (Impossible, NoSides, PatternError) as error:
+        raise CheckFailed(
+            f"{subject}: it accepts no example: {error}\n  needs an ordinary site that meets all it requires"
+        ) from None
+    except Exception as error:  # a requirement's own code ran
+        raise CheckFailed(f"{subject}: a requirement raises {error!r}, needs a Reason or None at any site") from error
+
+
+def asked(subject: Subject, requirement: Requirement, site: Site) -> Reason | None:
+    """What a requirement says of a site; one that raises fails."""
+    try:
+        return requirement.unmet(site)
+    except Exception as error:  # noqa: BLE001  # a plugin's code ran
+        fail(subject, site, f"requirement '{requirement}' raises {error!r}, needs a Reason or None at any site")
+
+
+def here(subject: Subject) -> tuple[Device, tuple[int, ...]]:
+    """A device of this machine on which the strategy runs, and the world sizes to run it at, the usual one first.
+
+    Raises:
+        CheckSkipped: where there is none, with the reasons.
+    """
+    reasons = []
+    for device in dict.fromkeys((Device.here(), Device("cpu"))):
+        sizes = pools.world_sizes(subject, device.type)
+        wanted = example(subject, device, sizes[0] if sizes else 2)
+        if why := subject.registry.unavailable(subject.backend, device):
+            reasons.append(f"on {device}: {'; '.join(map(str, why))}")
+        elif wanted.device != device:
+            reasons.append(f"on {device}: it needs {wanted.device}")
+        elif not sizes:
+            reasons.append(
+                f"on {device}: this machine has {pools.most_ranks(device.type)}, it needs {wanted.world_size}"
+            )
+        else:
+            return device, sizes
+    raise CheckSkipped(f"{subject} cannot run here; {'; '.join(reasons)}")
+
+
+def refused(subject: Subject, site: Site) -> bool:
+    """Whether the strategy refuses a site; with words, or the check fails."""
+    reasons = subject.strategy.cannot(site, subject.pattern)
+    for reason in reasons:
+        if not (reason.code and reason.found):
+            fail(subject, site, f"it refuses by {reason!r}, needs a code and what was found")
+    return bool(reasons)
+
+
+def run(subject: Subject, site: Site, job: Callable[..., T], *args: Any) -> list[T]:
+    """The results of a job on every rank.
+
+    Raises:
+        CheckFailed: where a rank raises, dies or hangs; by `WorkerError`.
+    """
+    try:
+        return pools.run(site, job, subject, *args)
+    except WorkerError as error:
+        values = next((f"\n  with {value}" for value in args if isinstance(value, Values)), "")
+        raise CheckFailed(
+            f"{subject}: it accepts this site, and a rank raised, died or hung there; needs a requirement that refuses "
+            f"it, or a cure\n  at {describe(site)}{values}\n{error}"
+        ) from error
+
+
+def judge(subject: Subject, site: Site, values: Values, outcomes: Sequence[Outcome], where: str = "") -> None:
+    """Fail where any rank has a result of the wrong form or beyond its bound."""
+    for rank, outcome in enumerate(outcomes):
+        if outcome.problems:
+            fail(subject, site, f"{where}{'; '.join(outcome.problems)}", rank, values)
+        for each in outcome.excesses:
+            if not each.ok:
+                found = (
+                    f"{where}{each.output} is wrong in row {each.row}: off the float64 oracle by {each.error:.3g}, "
+                    f"needs at most {each.bound:.3g}, which the definition's own error allows "
+                    "(see fusion_core.testing.tolerance)"
+                )
+                fail(subject, site, found, rank, values)
+
+
+def sites(
+    subject: Subject, device: Device, world_sizes: Sequence[int] = (2,), *, accepted: bool | None = None
+) -> st.SearchStrategy[Site]:
+    """Sites on both sides of what the strategy requires."""
+    return draw_site(
+        subject.pattern, subject.strategy, device=device, world_sizes=tuple(world_sizes), accepted=accepted
+    ).filter(lambda site: (site.device == device and site.world_size in world_sizes) or subject_refuses(subject, site))
+
+
+def subject_refuses(subject: Subject, site: Site) -> bool:
+    """Whether a site needs no workers, because the strategy refuses it."""
+    return bool(subject.strategy.cannot(site, subject.pattern))
+
+
+def examples(subject: Subject, device: Device, world_sizes: Sequence[int]) -> st.SearchStrategy[tuple[Site, Values]]:
+    """Sites, and what their tensors hold."""
+    return sites(subject, device, world_sizes).flatmap(lambda site: st.tuples(st.just(site), draw_tensors(site)))
+
+
+def for_all(subject: Subject, check: Callable[[T], None], drawn: st.SearchStrategy[T], factor: float = 1.0) -> None:
+    """Check generated examples, and shrink one that fails.
+
+    Args:
+        subject: Says how many, unless hypothesis's profile does.
+        check: Raises `CheckFailed`.
+        drawn: The examples.
+        factor: Times their number; at least 5 are checked.
+    """
+    number = hypothesis.settings().max_examples if subject.examples is None else subject.examples
+
+    @hypothesis.settings(
+        max_examples=max(round(number * factor), 5),
+        deadline=None,  # a first call may build kernels
+        database=None,  # the message has all that is needed to see a failure again
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @hypothesis.given(drawn)
+    def holds(one: T) -> None:
+        try:
+            check(one)
+        except CheckFailed as failure:
+            if isinstance(failure.__cause__, WorkerError):
+                raise _Stop(failure) from failure.__cause__
+            raise
+
+    try:
+        holds()
+    except _Stop as stop:
+        raise stop.failure from None
+    except NoSides as error:
+        raise CheckFailed(f"{subject}: {error}") from None

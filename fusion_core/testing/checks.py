@@ -1,0 +1,291 @@
+"""What a strategy promises, as plain functions: the conformance kit without a test runner.
+
+Each of `CHECKS` has a ``name``, a ``title`` and ``run(subject)``, which returns nothing where the promise is kept, and
+raises otherwise::
+
+    for subject in subjects("acme"):            # BackendError where the backend does not load
+        for check in CHECKS:
+            try:
+                check.run(subject)
+            except CheckSkipped as skipped:     # not on this machine, or not for this strategy; str() is the reason
+                ...
+            except CheckFailed as failed:       # str() says what is wrong: strategy, site, rank, found, needed
+                ...
+
+`fusion_core.testing.conformance` makes a pytest test of each, `fusion-core verify` a line of output. Generated
+examples come from hypothesis under its current profile; workers are started when first needed and kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fusion_core.errors import PatternError
+from fusion_core.reason import Reason
+from fusion_core.site import Device, Site, TensorMeta
+from fusion_core.testing import compiled, jobs
+from fusion_core.testing.checking import (
+    CheckFailed,
+    CheckNotApplicable,
+    CheckSkipped,
+    asked,
+    example,
+    examples,
+    fail,
+    for_all,
+    here,
+    judge,
+    refused,
+    run,
+    sites,
+)
+from fusion_core.testing.drawing import draw_site
+from fusion_core.testing.layouts import LAYOUTS, strides
+from fusion_core.testing.requirement_sides import NoSides, sides
+from fusion_core.testing.sites import example_site, output_metas, resized, with_layout
+from fusion_core.testing.subject import Subject
+from fusion_core.testing.tensors import Values
+
+__all__ = ["CHECKS", "Check", "CheckFailed", "CheckNotApplicable", "CheckSkipped"]
+
+CPU = Device("cpu")
+"""Where checks that need no device start from."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise.
+
+    Attributes:
+        name: The name of its function.
+        title: The promise in one line.
+        needs_device: Whether it runs kernels.
+        run: Checks it for one strategy.
+    """
+
+    name: str
+    title: str
+    needs_device: bool
+    run: Callable[[Subject], None]
+
+
+_checks: list[Check] = []
+
+
+def _check(needs_device: bool) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
+    def register(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
+        title = (function.__doc__ or "").partition("\n")[0].rstrip(".")
+        _checks.append(Check(function.__name__, title, needs_device, function))
+        return function
+
+    return register
+
+
+@_check(needs_device=False)
+def accepts_its_own_example(subject: Subject) -> None:
+    """There is an ordinary site that the strategy can run."""
+    site = example(subject, CPU)
+    if reasons := subject.strategy.cannot(site, subject.pattern):
+        fail(subject, site, f"it refuses its own example: {'; '.join(map(str, reasons))}")
+
+
+@_check(needs_device=False)
+def refuses_on_the_wrong_side_of_each_requirement(subject: Subject) -> None:
+    """Each requirement holds just inside of its bounds, and refuses with a reason just outside."""
+    strategy, pattern = subject.strategy, subject.pattern
+    try:
+        site = example_site(pattern)
+    except PatternError as error:
+        raise CheckFailed(f"{subject}: {error}") from None
+    with contextlib.suppress(CheckFailed):  # one that accepts nothing has requirements all the same
+        site = example(subject, CPU)
+    for requirement in (*subject.requirements, *strategy.worthwhile):
+        try:
+            both = sides(requirement, site)
+        except NoSides as error:
+            raise CheckFailed(f"{subject}: {error}") from None
+        for variant in both.met:
+            if (reason := asked(subject, requirement, variant)) is not None:
+                fail(subject, variant, f"requirement '{requirement}' is met here and refuses: {reason}")
+        refused = strategy.should_not if requirement in strategy.worthwhile else lambda s: strategy.cannot(s, pattern)
+        for variant in both.unmet:
+            reason = asked(subject, requirement, variant)
+            if reason is None:
+                fail(subject, variant, f"requirement '{requirement}' is not met here and does not refuse")
+            if not isinstance(reason, Reason) or not (reason.code and reason.found):
+                found = f"requirement '{requirement}' refuses by {reason!r}, needs a Reason with code and found"
+                fail(subject, variant, found)
+            if reason not in refused(variant):
+                fail(subject, variant, f"requirement '{requirement}' refuses, and the strategy does not: {reason}")
+
+
+@_check(needs_device=False)
+def declares_what_the_definition_gives(subject: Subject) -> None:
+    """On fake tensors it gives the outputs of the definition, in shape and dtype."""
+    strategy, pattern = subject.strategy, subject.pattern
+
+    def faked(site: Site) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        if strategy.cannot(site, pattern):
+            return
+        mode = FakeTensorMode()
+        with torch.no_grad(), mode:
+            fakes = {
+                name: torch.empty_strided(meta.shape, meta.stride or strides(meta.shape), dtype=meta.dtype)
+                for name, meta in site.inputs.items()
+            }
+            try:
+                results, problems = jobs.by_name(
+                    strategy, pattern, jobs.call(strategy, pattern, site, fakes, site.group)
+                )
+            except Exception as error:  # noqa: BLE001  # a plugin's code ran
+                found = f"it raises on fake tensors: {type(error).__name__}: {error}; needs a fake (register_fake)"
+                fail(subject, site, found)
+        defined = output_metas(pattern, tuple(site.inputs.items()), tuple(site.attributes.items()))
+        assert not isinstance(defined, str)
+        for name in [name for name in site.outputs if name in results]:
+            meta, needs = TensorMeta.of(results[name]), defined[name]
+            if (meta.shape, meta.dtype) != (needs.shape, needs.dtype):
+                problems.append(f"the fake gives {name} as {meta}, needs {needs}")
+        if problems:
+            fail(subject, site, "; ".join(problems))
+
+    faked(example(subject, CPU))
+    for_all(subject, faked, draw_site(pattern, strategy, accepted=True), factor=0.1)
+
+
+@_check(needs_device=True)
+def equals_the_oracle_where_it_accepts(subject: Subject) -> None:
+    """Where it accepts, its outputs are as near to the float64 oracle as the definition's; elsewhere it says why."""
+    device, sizes = here(subject)
+
+    def compared(drawn: tuple[Site, Values]) -> None:
+        site, values = drawn
+        if not refused(subject, site):
+            judge(subject, site, values, run(subject, site, jobs.compare, values))
+
+    compared((example(subject, device, sizes[0]), Values()))
+    for_all(subject, compared, examples(subject, device, sizes), factor=2.0)
+
+
+@_check(needs_device=True)
+def leaves_its_inputs_alone(subject: Subject) -> None:
+    """It writes into no input, nor into the gaps of one, unless its operator's schema says so."""
+    device, sizes = here(subject)
+    declared = jobs.written(subject.strategy.impl)
+
+    def unchanged(drawn: tuple[Site, Values]) -> None:
+        site, values = drawn
+        if refused(subject, site):
+            return
+        for rank, outcome in enumerate(run(subject, site, jobs.compare, values)):
+            if changed := [name for name in outcome.changed if name not in declared]:
+                found = f"it writes into {', '.join(changed)}, needs to leave it as it is, or to declare mutates_args"
+                fail(subject, site, found, rank, values)
+
+    plain = example(subject, device, sizes[0])
+    for layout in LAYOUTS:
+        unchanged((with_layout(subject.pattern, plain, layout), Values()))
+    for_all(subject, unchanged, examples(subject, device, sizes[:1]), factor=0.1)
+
+
+@_check(needs_device=True)
+def fake_matches_real(subject: Subject) -> None:
+    """Its fake gives the shapes, dtypes and strides that it really gives, and `torch.library.opcheck` agrees."""
+    device, sizes = here(subject)
+
+    def same(site: Site) -> None:
+        if refused(subject, site):
+            return
+        for rank, problems in enumerate(run(subject, site, jobs.fakes_and_results, Values())):
+            if problems:
+                fail(subject, site, "; ".join(problems), rank)
+
+    same(example(subject, device, sizes[0]))
+    for_all(subject, same, sites(subject, device, sizes[:1], accepted=True), factor=0.05)
+
+
+@_check(needs_device=True)
+def stands_in_the_compiled_graph(subject: Subject) -> None:
+    """torch.compile puts it where its pattern stands, and the answer stays right."""
+    device, sizes = here(subject)
+    site = example(subject, device, sizes[0])
+    by_rank = run(subject, site, compiled.compile_it, Values())
+    for rank, found in enumerate(by_rank):
+        report = found.site
+        if report is None:
+            fail(subject, site, "the compiled graph has no all_reduce", rank)
+        if report.strategy != subject.name:
+            decision = next((each for each in report.decisions if each.strategy == subject.name), None)
+            because = "; ".join(map(str, decision.reasons)) if decision is not None else "it was not asked"
+            if decision is not None and decision.stage.name == "STRUCTURE":
+                raise CheckNotApplicable(f"fusion_core does not find {site.pattern} in compiled graphs yet: {because}")
+            fail(subject, site, f"it is not in the compiled graph: {because}", rank)
+        operator = jobs.operator_name(subject.strategy.impl)
+        if not found.targets or (operator and not any(target.startswith(operator) for target in found.targets)):
+            fail(subject, site, f"the compiled graph has {found.targets}, needs {operator or 'its operators'}", rank)
+    judge(subject, site, Values(), [found.outcome for found in by_rank])
+
+
+@_check(needs_device=True)
+def takes_any_number_of_dimensions_or_refuses(subject: Subject) -> None:
+    """With inputs of one to four dimensions it is right, or it refuses with reasons."""
+    device, sizes = here(subject)
+    plain = example(subject, device, sizes[0])
+    for rows in ((), (3,), (2, 3), (2, 1, 3)):
+        site = resized(subject.pattern, plain, (*rows, int(plain.inputs["x"].shape[-1])))
+        if not refused(subject, site):
+            judge(subject, site, Values(seed=1), run(subject, site, jobs.compare, Values(seed=1)))
+
+
+@_check(needs_device=True)
+def gives_the_same_bits_on_every_rank(subject: Subject) -> None:
+    """Every rank gets the same bits of every output."""
+    device, sizes = here(subject)
+
+    def alike(drawn: tuple[Site, Values]) -> None:
+        site, values = drawn
+        if refused(subject, site):
+            return
+        first, *others = run(subject, site, jobs.compare, values)
+        for rank, outcome in enumerate(others, 1):
+            if differing := [name for name, bits in outcome.bits.items() if bits != first.bits.get(name)]:
+                found = f"{', '.join(differing)} has other bits than on rank 0, needs the same bits on every rank"
+                fail(subject, site, found, rank, values)
+
+    alike((example(subject, device, sizes[0]), Values()))
+    for_all(subject, alike, examples(subject, device, [size for size in sizes if size > 1] or sizes), factor=0.1)
+
+
+@_check(needs_device=True)
+def can_be_repeated_and_used_in_two_groups(subject: Subject) -> None:
+    """Called in turn on two process groups, it leaves earlier results alone and gives right ones each time."""
+    device, sizes = here(subject)
+    site = example(subject, device, sizes[0])
+    calls = [Values(seed=seed) for seed in range(3)]
+    by_rank = run(subject, site, jobs.compare_in_turn, calls)
+    for index in range(2 * len(calls)):
+        values = calls[index // 2]
+        where = f"call {index + 1} of {2 * len(calls)}, in turn on two groups: "
+        judge(subject, site, values, [outcomes[index] for outcomes in by_rank], where)
+
+
+@_check(needs_device=True)
+def takes_no_rows_or_refuses(subject: Subject) -> None:
+    """With zero rows it gives empty outputs of the right form, or refuses with reasons."""
+    device, sizes = here(subject)
+    plain = example(subject, device, sizes[0])
+    n = int(plain.inputs["x"].shape[-1])
+    for shape in ((0, n), (2, 0, n)):
+        site = resized(subject.pattern, plain, shape)
+        if not refused(subject, site):
+            judge(subject, site, Values(), run(subject, site, jobs.compare, Values()))
+
+
+CHECKS: tuple[Check, ...] = tuple(_checks)
+"""All promises; those that need no device first."""

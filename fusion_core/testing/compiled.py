@@ -1,0 +1,80 @@
+"""What workers do to see a strategy in a compiled graph. Imports no test library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusion_core._inductor import CustomGraphPass, post_grad_only
+from fusion_core.emit import PROVENANCE
+from fusion_core.fusion_pass import FusionPass
+from fusion_core.patterns.definition import GROUP
+from fusion_core.report import SiteReport
+from fusion_core.site import Site
+from fusion_core.testing.jobs import Outcome, definition, tensors, wide
+from fusion_core.testing.subject import Subject
+from fusion_core.testing.tensors import Values
+from fusion_core.testing.tolerance import excess
+
+
+@dataclass
+class Compiled:
+    """What became of a model that has the pattern, compiled.
+
+    Attributes:
+        site: What the pass says of it.
+        targets: Operators of the graph that came from the strategy.
+        outcome: The results, judged like any other.
+    """
+
+    site: SiteReport | None
+    targets: list[str]
+    outcome: Outcome
+
+
+def compile_it(subject: Subject, site: Site, values: Values) -> Compiled:
+    """Compile the pattern's own definition, up to Inductor's post-grad graph, with this strategy alone."""
+    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    pattern = subject.pattern
+    look = _Look(FusionPass(registry=subject.alone()))
+    given = tensors(site, values)
+
+    def model(**own: Tensor) -> tuple[Tensor, ...]:
+        returned = pattern.function(**{**dict.fromkeys(pattern.tensors), **own}, **site.attributes, **{GROUP: group})
+        results = dict(zip(pattern.outputs, returned if isinstance(returned, tuple) else (returned,), strict=True))
+        return tuple(results[name] for name in site.outputs)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        returned = torch.compile(model, backend=post_grad_only(look), fullgraph=True)(**given)
+    outcome = Outcome()
+    results = dict(zip(site.outputs, returned, strict=True))
+    own = definition(pattern, site, given, group)
+    oracle = definition(pattern, site, wide(pattern, given), group, exact=True)
+    arguments = {**given, **site.attributes}
+    outcome.excesses = excess(pattern, tuple(site.outputs), {**own, **results}, [own], oracle, arguments)
+    return Compiled(look.site, look.targets, outcome)
+
+
+class _Look(CustomGraphPass):
+    """The pass, and a look at what it left."""
+
+    def __init__(self, own: FusionPass) -> None:
+        self.own = own
+        self.site: SiteReport | None = None
+        self.targets: list[str] = []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        report = self.own.run(graph)
+        self.site = next(iter(report.sites), self.site)
+        self.targets += [str(node.target) for node in graph.nodes if PROVENANCE in node.meta]
+
+    def uuid(self) -> None:
+        """None: nothing is cached."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Look:
+        return self

@@ -1,0 +1,218 @@
+"""What workers do: run a strategy at a site and compare it with the pattern. Imports no test library."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusion_core.patterns.definition import GROUP, Pattern
+from fusion_core.site import Site, TensorMeta
+from fusion_core.strategy import Strategy, schema_of
+from fusion_core.testing.subject import Subject
+from fusion_core.testing.tensors import Values, build_tensors
+from fusion_core.testing.tolerance import Excess, excess
+
+WIDE = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass
+class Outcome:
+    """What one rank saw of one example.
+
+    Attributes:
+        problems: What is wrong with the form of the results: their number, shapes, dtypes.
+        excesses: Of each live output that can be compared.
+        changed: Inputs that hold other bits afterwards.
+        bits: A digest of each live output.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    excesses: list[Excess] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    bits: dict[str, str] = field(default_factory=dict)
+
+
+def compare(subject: Subject, site: Site, values: Values) -> Outcome:
+    """Run one example, and the definition beside it."""
+    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    given = tensors(site, values)
+    before = {name: _memory(tensor) for name, tensor in given.items()}
+    with torch.no_grad():
+        returned = call(subject.strategy, subject.pattern, site, given, group)
+    outcome = Outcome(changed=[name for name in given if not torch.equal(_memory(given[name]), before[name])])
+    _judge(outcome, subject, site, values, returned, group)
+    return outcome
+
+
+def compare_in_turn(subject: Subject, site: Site, all_values: Sequence[Values]) -> list[Outcome]:
+    """Run examples of one form on two process groups in turn, and look at the results when all have been computed."""
+    groups = (dist.group.WORLD.group_name, _second_group())  # type: ignore[union-attr]
+    runs = []
+    for values in all_values:
+        for group in groups:
+            with torch.no_grad():
+                runs.append(
+                    (values, group, call(subject.strategy, subject.pattern, site, tensors(site, values), group))
+                )
+    outcomes = []
+    for values, group, returned in runs:
+        outcome = Outcome()
+        _judge(outcome, subject, site, values, returned, group)
+        outcomes.append(outcome)
+    return outcomes
+
+
+@functools.cache
+def _second_group() -> str:
+    return str(dist.new_group().group_name)
+
+
+def _judge(outcome: Outcome, subject: Subject, site: Site, values: Values, returned: Any, group: str) -> None:
+    """What there is to say about what a strategy returned."""
+    pattern = subject.pattern
+    results, problems = by_name(subject.strategy, pattern, returned)
+    outcome.problems += problems
+    definitions = [
+        definition(pattern, site, tensors(site, values, shift, flushed), group)
+        for shift, flushed in _runs(site, values)
+    ]
+    for name in [name for name in site.outputs if name in results]:
+        found, needs = TensorMeta.of(results[name]), TensorMeta.of(definitions[0][name])
+        if (found.shape, found.dtype) != (needs.shape, needs.dtype):
+            outcome.problems.append(f"gives {name} as {found}, needs {needs}")
+    if outcome.problems:
+        return
+    given = tensors(site, values)
+    oracle = definition(pattern, site, wide(pattern, given), group, exact=True)
+    arguments = {**given, **site.attributes}
+    outcome.excesses = excess(pattern, list(site.outputs), results, definitions, oracle, arguments)
+    outcome.bits = {name: _bits(results[name]) for name in site.outputs}
+
+
+def written(impl: Callable[..., Any]) -> frozenset[str]:
+    """The arguments that an operator's schema says it writes."""
+    arguments = getattr(schema_of(impl), "arguments", ())
+    return frozenset(each.name for each in arguments if each.alias_info is not None and each.alias_info.is_write)
+
+
+def operator_name(impl: Callable[..., Any]) -> str:
+    """An operator as graphs name it, without its overload; empty for a function."""
+    schema = schema_of(impl)
+    return "" if schema is None else str(schema.name).replace("::", ".")
+
+
+def call(strategy: Strategy, pattern: Pattern, site: Site, given: Mapping[str, Tensor], group: str) -> Any:
+    """The strategy's impl on these tensors, by the rules of `Strategy.impl`."""
+    accepted = strategy.accepts(pattern)
+    scalars = {name: value for name, value in {**site.attributes, GROUP: group}.items() if name in accepted}
+    return strategy.impl(**{**dict.fromkeys(pattern.tensors), **given}, **scalars)
+
+
+def by_name(strategy: Strategy, pattern: Pattern, returned: Any) -> tuple[dict[str, Any], list[str]]:
+    """What an impl returned, by output, and what is wrong with its form."""
+    names = pattern.outputs if strategy.outputs is None else strategy.outputs
+    values = returned if isinstance(returned, tuple | list) else (returned,)
+    if len(values) != len(names):
+        return {}, [f"returns {len(values)} values, needs {len(names)}: {', '.join(names)}"]
+    odd = [
+        f"gives {name} as {type(v).__name__}, needs a tensor"
+        for name, v in zip(names, values, strict=True)
+        if not isinstance(v, Tensor)
+    ]
+    return ({}, odd) if odd else (dict(zip(names, values, strict=True)), [])
+
+
+def _runs(site: Site, values: Values) -> list[tuple[int, bool]]:
+    """How often the definition runs: with which shift of the ranks, and with subnormal numbers flushed or not."""
+    runs = [(shift, False) for shift in range(site.world_size if site.world_size > 2 else 1)]
+    return [*runs, (0, True)] if "subnormal" in values.rows else runs
+
+
+def tensors(site: Site, values: Values, shift: int = 0, flushed: bool = False) -> dict[str, Tensor]:
+    """This rank's tensors, or those of the rank ``shift`` places further; subnormal numbers flushed or not."""
+    device = torch.device("cuda", torch.cuda.current_device()) if site.device.type == "cuda" else None
+    built = build_tensors(site, values, (dist.get_rank() + shift) % dist.get_world_size(), device)
+    if flushed:
+        for tensor in built.values():
+            if tensor.dtype in (torch.bfloat16, torch.float32):
+                tensor[tensor.abs() < torch.finfo(tensor.dtype).smallest_normal] = 0.0
+    return built
+
+
+def definition(
+    pattern: Pattern, site: Site, given: Mapping[str, Tensor], group: str, exact: bool = False
+) -> dict[str, Tensor]:
+    """What the pattern's definition computes; in float64 throughout where ``exact``."""
+    scalars = {
+        name: torch.float64 if exact and value in WIDE else value
+        for name, value in site.attributes.items()
+        if name in pattern.parameters
+    }
+    with torch.no_grad():
+        returned = pattern.function(**{**dict.fromkeys(pattern.tensors), **given}, **scalars, **{GROUP: group})
+    return dict(zip(pattern.outputs, returned if isinstance(returned, tuple) else (returned,), strict=True))
+
+
+def wide(pattern: Pattern, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in float64, but those that a quantising word takes as float32 by definition."""
+    scales = {
+        getattr(operand, "name", None)
+        for step in pattern.steps
+        if step.operation.name.startswith("quantize_")
+        for operand in step.operands.values()
+    }
+    return {name: tensor if name in scales else tensor.double() for name, tensor in given.items()}
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """A copy of all bytes behind a tensor, gaps included."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()).clone()
+
+
+def _bits(tensor: Tensor) -> str:
+    plain = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+    return hashlib.sha256(bytes(plain.view(torch.uint8).tolist())).hexdigest()[:16]
+
+
+def fakes_and_results(subject: Subject, site: Site, values: Values) -> list[str]:
+    """How the fake of a strategy differs from what it really gives, and what `torch.library.opcheck` says."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    strategy, pattern = subject.strategy, subject.pattern
+    given = tensors(site, values)
+    mode = FakeTensorMode()
+    with torch.no_grad(), mode:
+        fakes = {name: mode.from_tensor(tensor) for name, tensor in given.items()}
+        faked, problems = by_name(strategy, pattern, call(strategy, pattern, site, fakes, group))
+    problems = [f"the fake {problem}" for problem in problems]
+    with torch.no_grad():
+        real, wrong = by_name(strategy, pattern, call(strategy, pattern, site, given, group))
+    problems += wrong
+    for name in real if faked else ():
+        if _form(faked[name]) != _form(real[name]):
+            problems.append(f"the fake gives {name} as {_form(faked[name])}, the real one {_form(real[name])}")
+    if not problems and schema_of(strategy.impl) is not None:
+        accepted = strategy.accepts(pattern)
+        scalars = {name: value for name, value in {**site.attributes, GROUP: group}.items() if name in accepted}
+        arguments = {**dict.fromkeys(pattern.tensors), **tensors(site, values), **scalars}
+        try:
+            torch.library.opcheck(
+                cast(Any, strategy.impl), (), arguments, test_utils=("test_schema", "test_faketensor")
+            )
+        except Exception as error:  # noqa: BLE001  # opcheck raises its own classes, torch's and the operator's
+            problems.append(f"torch.library.opcheck says {type(error).__name__}: {error}")
+    return problems
+
+
+def _form(tensor: Tensor) -> str:
+    """Shape, dtype, device and those strides that are ever used."""
+    walked = [step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and tensor.numel()]
+    return f"{TensorMeta.of(tensor)} on {tensor.device}, strides {walked} where a size is above 1"

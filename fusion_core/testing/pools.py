@@ -1,0 +1,60 @@
+"""Worker pools that live as long as this process, and which world sizes it can have."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+
+from fusion_core.requirements import WorldSize
+from fusion_core.site import Site
+from fusion_core.testing.subject import Subject
+from fusion_core.workers import WorkerPool
+
+T = TypeVar("T")
+
+TIMEOUT = 300.0
+"""Seconds that one call may take: a first one may build kernels."""
+USUAL = (2, 1, 3)
+"""World sizes to test at, the usual one first."""
+
+
+@functools.cache
+def pool(world_size: int, device_type: str) -> WorkerPool:
+    """The pool of so many processes, with the collectives of a kind of device."""
+    return WorkerPool(world_size, backend="nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
+
+
+def run(site: Site, function: Callable[..., T], subject: Subject, *args: Any) -> list[T]:
+    """Call a job on every rank that a site has.
+
+    Raises:
+        WorkerError: where a rank raises, dies or does not answer in time; new workers start with the next call.
+    """
+    return pool(site.world_size, site.device.type).run(function, subject, site, *args)
+
+
+def most_ranks(device_type: str) -> int:
+    """The greatest world size that this machine can have."""
+    return torch.cuda.device_count() if device_type == "cuda" else 8
+
+
+def world_sizes(subject: Subject, device_type: str) -> tuple[int, ...]:
+    """The world sizes at which a strategy is tested here, the usual one first; empty where there is none."""
+    allowed = [r.sizes for r in subject.requirements if isinstance(r, WorldSize)]
+    most = most_ranks(device_type)
+
+    def fit(sizes: Iterable[int]) -> tuple[int, ...]:
+        return tuple(size for size in sizes if size <= most and all(size in each for each in allowed))
+
+    return fit(USUAL) or fit(sorted({size for each in allowed for size in each}))[:1]
+
+
+def close() -> None:
+    """Stop all workers; a later call starts new ones."""
+    for world_size in range(1, most_ranks("cpu") + 1):
+        for device_type in ("cpu", "cuda"):
+            pool(world_size, device_type).close()
+    pool.cache_clear()

@@ -1,0 +1,84 @@
+"""The strategy under test, by names: what a check gets, and what workers find it by."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint
+
+from fusion_core.config import FusionConfig
+from fusion_core.patterns.definition import Pattern
+from fusion_core.registry import GROUP, Registry
+from fusion_core.requirements import Requirement
+from fusion_core.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One strategy of one backend.
+
+    Attributes:
+        backend: The backend's name.
+        name: The strategy's name, ``"<backend>.<something>"``.
+        entry_point: What an entry point of that name would say (``"package.module:object"``), for a backend that is
+            not installed; None for an installed one.
+        examples: How many generated examples a check runs at most; None for hypothesis's profile.
+    """
+
+    backend: str
+    name: str
+    entry_point: str | None = None
+    examples: int | None = None
+
+    @property
+    def registry(self) -> Registry:
+        """A registry of this backend alone."""
+        return load(self.backend, self.entry_point)
+
+    @property
+    def strategy(self) -> Strategy:
+        """The declaration."""
+        return next(each for each in self.registry.backends[self.backend].strategies if each.name == self.name)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern that it runs."""
+        return self.registry.patterns[self.strategy.pattern]
+
+    @property
+    def requirements(self) -> tuple[Requirement, ...]:
+        """All that makes it correct, said and implied."""
+        return (*self.strategy.implied(self.pattern), *self.strategy.requires)
+
+    def alone(self) -> Registry:
+        """A registry in which it is the only strategy, fast or not."""
+        backend = self.registry.backends[self.backend]
+        only = replace(backend, strategies=(replace(self.strategy, worthwhile=()),))
+        return replace(self.registry, backends={self.backend: only})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@functools.cache
+def load(backend: str, entry_point: str | None = None) -> Registry:
+    """A registry of one backend.
+
+    Raises:
+        BackendError: where it is not installed or does not load, with the reason.
+    """
+    # the kit's FUSION_CORE_STRICT is about skips, not about other plugins that happen to be broken here
+    config = FusionConfig(order=(backend,), strict=False)
+    if entry_point is None:
+        return Registry.load(config)
+    return Registry.of([EntryPoint(backend, entry_point, GROUP)], config)
+
+
+def subjects(backend: str, entry_point: str | None = None, examples: int | None = None) -> tuple[Subject, ...]:
+    """Every strategy of a backend.
+
+    Raises:
+        BackendError: where it is not installed or does not load, with the reason.
+    """
+    strategies = load(backend, entry_point).backends[backend].strategies
+    return tuple(Subject(backend, strategy.name, entry_point, examples) for strategy in strategies)

@@ -1,0 +1,196 @@
+"""How far a result may be from the float64 oracle. It belongs to the pattern: no backend marks its own exam.
+
+The bound is measured, not chosen: the pattern's own definition, run unfused in the given dtypes on the same group, is
+off by so much; a fused result may be off by 1.5 times that (the project's factor for "never a different answer"), and
+by what right spellings of one computation differ in:
+
+- one rounding in the output's dtype, of the row's largest value, for rounding at another place;
+- four roundings in float32, in which a norm is computed, for another order of its sum;
+- one smallest normal number of the output's dtype, since GPUs flush what is below.
+
+The definition's error is the largest over the runs that it is given: with the ranks in every cyclic order, as the
+vocabulary leaves the order of the sum to the process group, and with subnormal inputs flushed.
+
+Each row is judged by itself, so that a huge row hides no other; not each element, because rounding before the weight
+or behind it differs by more than that in small elements. A row in which the definition is not finite allows
+anything, and what it does to other rows is judged there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion_core.patterns.definition import Pattern
+from fusion_core.vocabulary.fp4 import dequantize_mxfp4, dequantize_nvfp4
+from fusion_core.vocabulary.fp8 import dequantize_fp8
+from fusion_core.vocabulary.operation import Step, Symbol
+
+FACTOR = 1.5
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Results = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Excess:
+    """The worst row of one output: its error, and the error that it may have.
+
+    Attributes:
+        output: The output's name; ``"quantized, dequantised"`` for codes.
+        row: The row's index, all leading dimensions flattened.
+        error: The largest difference from the oracle in that row.
+        bound: What it may be.
+    """
+
+    output: str
+    row: int
+    error: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within the bound."""
+        return self.error <= self.bound
+
+
+def excess(
+    pattern: Pattern,
+    names: Sequence[str],
+    result: Results,
+    definitions: Sequence[Results],
+    oracle: Results,
+    arguments: Mapping[str, Any],
+) -> list[Excess]:
+    """The worst row of each output that can be compared.
+
+    Codes of a quantisation are compared by what they mean together with their scales; scales in another format than
+    float32 by that alone.
+
+    Args:
+        pattern: The pattern.
+        names: The outputs to compare.
+        result: What was computed, by output; codes need their scales beside them.
+        definitions: What the definition computes in the given dtypes, in its several runs.
+        oracle: What it computes in float64.
+        arguments: The pattern's tensors and scalars.
+    """
+    found = []
+    for name in names:
+        step = _step(pattern, name)
+        if name not in result or step is None:
+            continue
+        codes = DEQUANTIZE.get(step.operation.name)
+        if codes is None:
+            if result[name].dtype in FLOATS:
+                found.append(
+                    _worst(name, result[name], [d[name] for d in definitions], oracle[name], (result[name].dtype,))
+                )
+            continue
+        source = _name(pattern, step.operands["x"])
+        dtype = definitions[0][source].dtype if source in oracle else torch.float32
+        if step.results[0] is _symbol(pattern, name):
+            exact = oracle[source] if source in oracle else codes(_resolved(pattern, step, oracle, arguments))
+            values = [codes(_resolved(pattern, step, each, arguments)) for each in (result, *definitions)]
+            found.append(
+                _worst(f"{name}, dequantised", values[0], values[1:], exact, (dtype,), _code_step(step, arguments))
+            )
+        elif result[name].dtype == torch.float32 and arguments.get("scale_format", "float32") == "float32":
+            found.append(
+                _worst(
+                    name, result[name], [d[name] for d in definitions], oracle[name].double(), (dtype, torch.float32)
+                )
+            )
+    return found
+
+
+def _worst(
+    name: str,
+    result: Tensor,
+    definitions: Sequence[Tensor],
+    oracle: Tensor,
+    roundings: tuple[torch.dtype, ...],
+    code_step: float = 0.0,
+) -> Excess:
+    """The row with the largest error in units of its bound.
+
+    Args:
+        name: For the message.
+        result: What was computed.
+        definitions: The definition's results.
+        oracle: The exact values.
+        roundings: Dtypes in each of which the row's largest value may be rounded once more.
+        code_step: A part of the row's largest value that may be added: one step of a code.
+    """
+    if oracle.numel() == 0:
+        return Excess(name, 0, 0.0, 0.0)
+    rows = oracle.double().reshape(-1, oracle.shape[-1] if oracle.dim() else 1)
+    errors = [(each.double().reshape(rows.shape) - rows).abs().amax(-1) for each in (result, *definitions)]
+    error, allowed = errors[0], torch.stack(errors[1:]).amax(0)
+    largest = rows.abs().amax(-1)
+    relative = (
+        sum(torch.finfo(dtype).eps / 2 for dtype in roundings) + 4 * torch.finfo(torch.float32).eps / 2 + code_step
+    )
+    bound = FACTOR * allowed + largest * relative + max(torch.finfo(dtype).smallest_normal for dtype in roundings)
+    error = error.nan_to_num(torch.inf, torch.inf)
+    ratio = torch.where(allowed.isfinite() & largest.isfinite(), error / bound, 0.0)
+    row = int(ratio.argmax())
+    if float(ratio[row]) == 0.0:
+        return Excess(name, row, 0.0, 0.0)
+    return Excess(name, row, float(error[row]), float(bound[row]))
+
+
+def _code_step(step: Step, arguments: Mapping[str, Any]) -> float:
+    """One step of a code at a row's largest value, where scales are themselves rounded coarsely.
+
+    A scale that is a power of two doubles where its maximum crosses one, which a last bit of the norm decides; an E4M3
+    scale likewise moves by one step. With float32 scales a code only differs at a tie, where both are as far off.
+    """
+    if step.operation.name in ("quantize_nvfp4", "quantize_mxfp4"):
+        return 1 / 3  # from 4 to 6
+    scale_format = arguments.get("scale_format", "float32")
+    return 2.0**-3 if scale_format != "float32" else 0.0
+
+
+def _symbol(pattern: Pattern, name: str) -> Symbol:
+    return pattern.values[pattern.outputs.index(name)]
+
+
+def _step(pattern: Pattern, name: str) -> Step | None:
+    return _symbol(pattern, name).step if name in pattern.outputs else None
+
+
+def _name(pattern: Pattern, symbol: Any) -> str:
+    """The output that a symbol is; empty where it is none."""
+    return next((name for name, value in zip(pattern.outputs, pattern.values, strict=True) if value is symbol), "")
+
+
+def _resolved(pattern: Pattern, step: Step, results: Results, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The operands of a quantisation that are known, and its results, by the names that the word gives them."""
+    values: dict[str, Any] = {}
+    for name, operand in step.operands.items():
+        if not isinstance(operand, Symbol):
+            values[name] = operand
+        elif operand.step is None:
+            values[name] = arguments.get(operand.name)
+    for symbol in step.results:
+        values[symbol.name] = results[_name(pattern, symbol)]
+    return values
+
+
+DEQUANTIZE: dict[str, Callable[[Mapping[str, Any]], Tensor]] = {
+    "quantize_static_fp8": lambda v: dequantize_fp8(v["quantized"], v["scale"], dtype=torch.float64),
+    "quantize_token_fp8": lambda v: dequantize_fp8(v["quantized"], v["scale"], dtype=torch.float64),
+    "quantize_group_fp8": lambda v: dequantize_fp8(
+        v["quantized"], v["scale"], group_size=v["group_size"], dtype=torch.float64
+    ),
+    "quantize_nvfp4": lambda v: dequantize_nvfp4(
+        v["quantized"], v["scale"], v["global_scale"], scale_layout=v["scale_layout"], dtype=torch.float64
+    ),
+    "quantize_mxfp4": lambda v: dequantize_mxfp4(v["quantized"], v["scale"], dtype=torch.float64),
+}
+"""What the codes of each quantising word mean, in float64."""

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+from fusion_core import registry
+from fusion_core.testing import pools
+
+FEW = ("--check", "accepts_its_own_example", "--check", "declares_what_the_definition_gives")
+
+
+@pytest.fixture(autouse=True)
+def _hypothesis_profile():
+    import hypothesis
+
+    before = hypothesis.settings.get_current_profile_name()
+    yield
+    hypothesis.settings.load_profile(before)
+
+
+def backend(monkeypatch, name):
+    """As if the backend called ``name`` in the kit's own tests were installed."""
+    from importlib.metadata import EntryPoint
+
+    points = [EntryPoint("wrong", f"tests.testing.wrong_backends:{name}", registry.GROUP)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+
+
+def test_a_right_backend_passes_and_every_check_has_a_line(run):
+    text = run("verify", "reference", "--examples", "2", *FEW).stdout
+    assert "accepts its own example" in text
+    lines = [line for line in text.splitlines() if line.startswith("reference.")]
+    assert len(lines) == 13
+    assert all(line.split()[2:] == ["ok", "ok"] for line in lines)
+    assert "26 of 26 checks without a failure, 0 failed" in text
+
+
+def test_json(run):
+    answer = json.loads(run("verify", "reference", "--examples", "1", "--json", *FEW).stdout)
+    assert answer.keys() == {"backend", "examples", "strict", "failed", "strategies"}
+    assert answer["failed"] == 0
+    assert answer["strategies"][0].keys() == {"strategy", "pattern", "checks"}
+    assert answer["strategies"][0]["checks"]["accepts_its_own_example"] == {"outcome": "passed", "why": ""}
+
+
+def test_a_backend_that_refuses_everything_fails_with_its_reason(run, monkeypatch):
+    backend(monkeypatch, "refuses_everything")
+    result = run("verify", "wrong", "--check", "accepts_its_own_example", status=1)
+    assert "FAILED" in result.stdout
+    assert "accepts_its_own_example (wrong." in result.stdout
+    assert "1 failed" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("verify", "nobody"), "order names backend 'nobody', which is not installed"),
+        (("verify", "flashinfer"), "backend 'flashinfer' has no strategies"),
+        (
+            ("verify", "reference", "--check", "is_nice"),
+            "--check is is_nice, needs names among accepts_its_own_example",
+        ),
+        (("verify", "reference", "--examples", "0"), "--examples"),
+        (("verify",), "Missing argument"),
+    ],
+)
+def test_a_wrong_call_is_one_sentence(run, arguments, why):
+    result = run(*arguments, status=2)
+    assert why in result.stderr
+    assert result.stdout == ""
+
+
+def test_the_pools_are_stopped(run, monkeypatch):
+    stopped = []
+    monkeypatch.setattr(pools, "close", lambda: stopped.append(True))
+    run("verify", "reference", "--examples", "1", "--check", "accepts_its_own_example")
+    assert stopped == [True]

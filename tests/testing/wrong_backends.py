@@ -1,0 +1,327 @@
+"""Backends of one strategy each, wrong in one way each. Workers import it: no test library.
+
+Each is the value of an entry point: ``EntryPoint("wrong", "tests.testing.wrong_backends:forgets_residual", ...)``.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fusion_core import (
+    Arch,
+    Attribute,
+    Contiguous,
+    Device,
+    Dimensions,
+    DType,
+    MultipleOf,
+    OnDevice,
+    Reason,
+    SameDType,
+    Site,
+    SizeBetween,
+    Strategy,
+    WorldSize,
+    hookimpl,
+    pattern,
+)
+from fusion_core.patterns import CORE_PATTERNS
+from fusion_core.vocabulary import add, all_reduce, rms_norm
+
+PATTERN = next(each for each in CORE_PATTERNS if each.name == "all_reduce_add_rms_norm")
+Results = tuple[Tensor, ...]
+
+
+def backend(impl: Callable[..., Any], pattern=PATTERN, **declared: Any) -> SimpleNamespace:
+    """A plugin with one strategy."""
+
+    def fusion_strategies() -> list[Strategy]:
+        return [Strategy(pattern=pattern.name, name=f"wrong.{pattern.name}", impl=impl, **declared)]
+
+    own = [] if pattern in CORE_PATTERNS else [pattern]
+    return SimpleNamespace(fusion_strategies=hookimpl(fusion_strategies), fusion_patterns=hookimpl(lambda: own))
+
+
+def behind(change: Callable[..., Any]) -> Callable[..., Any]:
+    """The definition, with a change of what it gives for real tensors. The change takes the arguments and results."""
+
+    def impl(x, residual, weight, eps, *, weight_bias=0.0, residual_dtype=None, norm_dtype=None, group):
+        given = {name: value for name, value in locals().items() if name != "change"}
+        results = PATTERN.function(**given)
+        return results if isinstance(x, FakeTensor) else change(SimpleNamespace(**given), *results)
+
+    return impl
+
+
+def before(change: Callable[..., Any]) -> Callable[..., Any]:
+    """The definition of other arguments than it was given."""
+
+    def impl(x, residual, weight, eps, *, weight_bias=0.0, residual_dtype=None, norm_dtype=None, group):
+        given = {name: value for name, value in locals().items() if name != "change"}
+        return PATTERN.function(**{**given, **({} if isinstance(x, FakeTensor) else change(SimpleNamespace(**given)))})
+
+    return impl
+
+
+# Nothing is wrong with the first: it shows that what catches the others is what is wrong with them.
+
+fine = backend(behind(lambda given, *results: results))
+does_nothing = backend(behind(lambda given, *results: tuple(map(torch.zeros_like, results))))
+has_an_epsilon_of_its_own = backend(before(lambda given: {"eps": 1e-6}))
+forgets_weight_bias = backend(before(lambda given: {"weight_bias": 0.0}))
+forgets_residual = backend(before(lambda given: {"residual": torch.zeros_like(given.residual)}))
+rounds_the_residual = backend(
+    before(lambda given: {"residual": given.residual.to(given.x.dtype).to(given.residual.dtype)})
+)
+swaps_outputs = backend(
+    behind(lambda given, normed, summed, reduced: (summed.to(normed.dtype), normed.to(summed.dtype), reduced))
+)
+lets_a_bad_row_spread = backend(behind(lambda given, normed, *others: (normed + 0 * normed.sum(), *others)))
+
+
+@backend
+def returns_too_little(x, residual, weight, eps, *, group):
+    return PATTERN.function(x, residual, weight, eps, group=group)[0]
+
+
+@backend
+def gives_another_dtype(x, residual, weight, eps, *, group):
+    normed, *others = PATTERN.function(x, residual, weight, eps, group=group)
+    return (normed.double(), *others)
+
+
+def _sum_in_bf16(given: Any, normed: Tensor, summed: Tensor, reduced: Tensor) -> Results:
+    members = dist.distributed_c10d._resolve_process_group(given.group)
+    parts = [torch.empty_like(reduced) for _ in range(members.size())]
+    dist.all_gather(parts, given.x.contiguous(), group=members)
+    total = torch.zeros(reduced.shape, dtype=torch.bfloat16)
+    for part in parts:
+        total += part.to(torch.bfloat16)
+    reduced = total.to(reduced.dtype)
+    summed = add(reduced, given.residual, dtype=summed.dtype)
+    return rms_norm(summed, given.weight, given.eps, weight_bias=given.weight_bias, dtype=normed.dtype), summed, reduced
+
+
+sums_in_bf16 = backend(behind(_sum_in_bf16))
+
+
+def _in_place(given: Any, normed: Tensor, summed: Tensor, reduced: Tensor) -> Results:
+    given.residual.copy_(summed)
+    return normed, summed, reduced
+
+
+mutates_an_input = backend(behind(_in_place))
+
+
+def _in_the_gaps(given: Any, *results: Tensor) -> Results:
+    if given.x.numel() and not given.x.is_contiguous():
+        torch.empty(0, dtype=given.x.dtype).set_(given.x.untyped_storage()).nan_to_num_(7.0)
+    return results
+
+
+writes_into_the_gaps = backend(behind(_in_the_gaps))
+
+
+class AnyDType(DType):
+    """A guard that was forgotten."""
+
+    def unmet(self, site: Site) -> Reason | None:
+        return None
+
+
+class Never(DType):
+    """A guard that lets nothing through."""
+
+    def unmet(self, site: Site) -> Reason | None:
+        return Reason("never", "something was found", "nothing that there is", self.arg)
+
+
+class Silent(DType):
+    """A guard that refuses without a word."""
+
+    def unmet(self, site: Site) -> Reason | None:
+        return None if super().unmet(site) is None else Reason("", "")
+
+
+@dataclass(frozen=True)
+class Strange:
+    """A requirement of a class that the kit does not know."""
+
+    def unmet(self, site: Site) -> Reason | None:
+        return None
+
+
+accepts_everything = backend(PATTERN.function, requires=(AnyDType("x", torch.bfloat16),))
+refuses_everything = backend(PATTERN.function, requires=(Never("x", torch.bfloat16),))
+refuses_without_a_word = backend(PATTERN.function, requires=(Silent("x", torch.bfloat16),))
+contradicts_itself = backend(PATTERN.function, requires=(MultipleOf("x", -1, 8), SizeBetween("x", -1, 1, 7)))
+has_a_strange_requirement = backend(PATTERN.function, requires=(Strange(),))
+
+
+def _as_if_contiguous(given: Any) -> dict[str, Tensor]:
+    memory = torch.empty(0, dtype=given.x.dtype).set_(given.x.untyped_storage())
+    return {"x": memory[: given.x.numel()].view(given.x.shape)}
+
+
+def _in_vectors(given: Any) -> dict[str, Tensor]:
+    if given.x.shape[-1] % 8:
+        raise RuntimeError("this kernel needs a multiple of 8")
+    return {}
+
+
+accepts_any_stride = backend(before(_as_if_contiguous))
+accepts_any_size = backend(before(_in_vectors))
+takes_four_dimensions_for_three = backend(
+    behind(lambda given, *results: tuple(each * (2 if each.dim() == 4 else 1) for each in results))
+)
+has_a_row_where_there_is_none = backend(
+    behind(
+        lambda given, *results: (
+            results if given.x.numel() else tuple(each.new_zeros(1, each.shape[-1]) for each in results)
+        )
+    )
+)
+
+
+def _by_rank(given: Any, normed: Tensor, *others: Tensor) -> Results:
+    normed = normed.clone(memory_format=torch.contiguous_format)
+    if dist.get_rank() == 1:
+        first = normed.view(-1)[:1]  # a last bit, well within any tolerance
+        first.copy_(torch.nextafter(first, torch.full_like(first, torch.inf)))
+    return (normed, *others)
+
+
+differs_between_ranks = backend(behind(_by_rank))
+
+
+def _operator(name: str, real: Callable[..., Results], fake: Callable[..., Results]) -> Any:
+    def run(
+        x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, group: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return real(x, residual, weight, eps, group)
+
+    def run_fake(x, residual, weight, eps, group):
+        plain = x.new_empty(x.shape)
+        summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+        return fake(summed, summed.clone(), plain)
+
+    operator = torch.library.custom_op(f"fusion_wrong::{name}", run, mutates_args=())
+    operator.register_fake(run_fake)
+    return operator
+
+
+def _definition(x, residual, weight, eps, group) -> Results:
+    # an operator's results may not be each other, nor its inputs; and are dense here, as the fake says
+    results = PATTERN.function(x, residual, weight, eps, group=group)
+    return tuple(torch.empty(each.shape, dtype=each.dtype).copy_(each) for each in results)
+
+
+def _with_a_write(x, residual, weight, eps, group) -> Results:
+    results = _definition(x, residual, weight, eps, group)
+    residual.add_(1)
+    return results
+
+
+def _sparse(each: Tensor) -> Tensor:
+    return torch.empty_strided(each.shape, [2 * step for step in each.stride()], dtype=each.dtype)
+
+
+fine_operator = backend(_operator("fine", _definition, lambda *outputs: outputs))
+lies_about_dtypes = backend(
+    _operator("dtypes", _definition, lambda normed, summed, reduced: (normed.double(), summed, reduced))
+)
+lies_about_shapes = backend(
+    _operator("shapes", _definition, lambda normed, summed, reduced: (normed.flatten(), summed, reduced))
+)
+lies_about_strides = backend(
+    _operator("strides", _definition, lambda normed, summed, reduced: (_sparse(normed), summed, reduced))
+)
+hides_a_write = backend(_operator("write", _with_a_write, lambda *outputs: outputs))
+
+
+@backend
+def has_no_fake(x, residual, weight, eps, *, group):
+    if isinstance(x, FakeTensor):
+        raise NotImplementedError("this kernel has no fake")
+    return PATTERN.function(x, residual, weight, eps, group=group)
+
+
+_HELD = torch.ones(1)
+
+
+@backend
+def holds_a_tensor(x, residual, weight, eps, *, group):
+    normed, *others = PATTERN.function(x, residual, weight, eps, group=group)
+    return (normed * _HELD.to(normed.dtype), *others)
+
+
+_WORKSPACE: dict[Any, Tensor] = {}
+
+
+def _reused(given: Any, normed: Tensor, *others: Tensor) -> Results:
+    held = _WORKSPACE.setdefault((normed.shape, normed.dtype), torch.empty_like(normed))
+    return (held.copy_(normed), *others)
+
+
+returns_its_workspace = backend(behind(_reused))
+knows_one_group = backend(
+    behind(
+        lambda given, *results: (
+            results if given.group == dist.group.WORLD.group_name else tuple(each * 2 for each in results)
+        )
+    )
+)
+
+
+def _die(given: Any) -> dict[str, Any]:
+    if dist.get_rank() == 1:
+        os._exit(7)
+    return {}
+
+
+dies_on_one_rank = backend(before(_die))
+
+
+@pattern(outputs=("normed", "reduced"))
+def all_reduce_shifted_rms_norm(x: Tensor, shift: Tensor, *, group: str) -> tuple[Tensor, Tensor]:
+    """A stranger's pattern, with a tensor that the kit cannot make up."""
+    reduced = all_reduce(x, group)
+    return rms_norm(reduced, shift, 1e-6), reduced
+
+
+has_a_pattern_without_example = backend(all_reduce_shifted_rms_norm.function, all_reduce_shifted_rms_norm)
+
+
+@hookimpl
+def _no_hardware(device: Device) -> list[Reason]:
+    return [] if device.arch == "acme1" else [Reason("device", f"device is {device}", "an Acme 1")]
+
+
+# Not wrong: a vendor's backend on a machine without its device. Its kernel cannot even be called here.
+
+ELSEWHERE = (
+    OnDevice("cuda"),
+    Arch("acme1"),
+    WorldSize(4, 8),
+    Dimensions("x", 2),
+    DType("x", torch.bfloat16, torch.float16),
+    SameDType("x", "residual", "weight", "normed"),
+    MultipleOf("x", -1, 128),
+    SizeBetween("x", -1, 512, 16384),
+    Contiguous("x"),
+    Contiguous("residual"),
+    Attribute("weight_bias", 0.0),
+)
+runs_elsewhere = backend(
+    _operator("elsewhere", _die, lambda *outputs: outputs),
+    requires=ELSEWHERE,
+    worthwhile=(SizeBetween("x", 0, 1, 256),),
+)
+runs_elsewhere.fusion_available = _no_hardware

@@ -1,6 +1,6 @@
 """Backends by entry point: a broken one is named and never hides the others, in either load order."""
 
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pytest
@@ -117,12 +117,32 @@ def _quietly(points: list[EntryPoint], config: FusionConfig) -> Registry:
         return Registry.of(points, config)
 
 
-def test_a_plugin_that_does_not_import_is_named_with_its_error() -> None:
-    gone = EntryPoint("gone", "fusion_gone_missing", "fusion_core.backends")
+@pytest.mark.parametrize("name", ["aaa", "zzz"])
+def test_a_plugin_that_does_not_import_is_named_with_its_error(name: str) -> None:
+    gone = EntryPoint(name, "fusion_gone_missing", "fusion_core.backends")
     with pytest.warns(RuntimeWarning, match="No module named 'fusion_gone_missing'"):
         registry = Registry.of([gone, REFERENCE], FusionConfig())
     assert set(registry.backends) == {"reference"}
     assert registry.failures[0].reason.code == "import"
+    for config in (FusionConfig(strict=True), FusionConfig(order=(name,))):
+        with pytest.raises(BackendError, match="fusion_gone_missing"):
+            _quietly([gone, REFERENCE], config)
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_an_entry_point_that_takes_the_name_of_an_in_tree_backend_is_left_out_and_the_backend_stays(
+    monkeypatch: Any, turn: int
+) -> None:
+    (installed,) = (point for point in entry_points(group="fusion_core.backends") if point.name == "reference")
+    imposter = EntryPoint("reference", plugin(monkeypatch, "imposter").value, "fusion_core.backends")
+    points = [installed, imposter][::turn]
+    with pytest.warns(RuntimeWarning, match="plugin_imposter .* takes the name of the in-tree backend 'reference'"):
+        registry = Registry.of(points, FusionConfig())
+    assert registry.backends["reference"].strategies
+    assert "'reference' itself loads" in str(registry.failures[0])
+    assert _quietly(points, FusionConfig(order=("reference",))).backends["reference"].strategies
+    with pytest.raises(BackendError, match="takes the name"):
+        _quietly(points, FusionConfig(strict=True))
 
 
 def test_two_plugins_of_one_name_are_both_left_out_and_named(monkeypatch: Any) -> None:

@@ -82,6 +82,14 @@ def test_the_page_holds_every_decision_escaped_and_replaces_a_file_as_a_whole(re
     assert [each.name for each in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_a_backend_that_does_not_load_is_named_in_every_report(monkeypatch: Any) -> None:
+    broken = plugin(monkeypatch, "broken", fusion_strategies=lambda: 1 / 0)
+    with pytest.warns(RuntimeWarning, match="'broken' not loaded"):
+        using = registry(broken, REFERENCE)
+    report = fuse(add_then(norm), *tensors(), using=using).reports[0]
+    assert "  backend 'broken' not loaded: ZeroDivisionError: division by zero" in str(report).splitlines()
+
+
 def test_a_graph_without_an_all_reduce_says_so() -> None:
     fused = fuse(lambda x: x + 1, torch.ones(2))
     assert str(fused.reports[0]) == "fusion_core: no all_reduce in this graph on cpu, nothing to fuse"

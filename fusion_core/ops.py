@@ -96,7 +96,9 @@ def _choose(
     config = FusionConfig() if config is None else config
     tensors = [(name, TensorMeta.of(bound[name])) for name in pattern.tensors if bound[name] is not None]
     scalars = [(name, bound[name]) for name in pattern.scalars]
-    key = (pattern.name, tuple(tensors), tuple(scalars), bound["x"].device, group, wanted, config)
+    # the size beside the name: a group that was destroyed leaves its name to the next one
+    place = group, world_size(group), bound["x"].device
+    key = (pattern.name, tuple(tensors), tuple(scalars), place, wanted, config)
     if key not in _chosen:
         _chosen[key] = _decide(pattern, bound, dict(tensors), group, wanted, config)
     return _chosen[key]

@@ -47,9 +47,12 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one_rank() -> Iterator[str]:
-    """A default process group of one rank in this process; its name. Collectives in it are real, and change nothing."""
+    """A default process group of one rank in this process; its name. Collectives in it are real, and change nothing.
+
+    For one module at a time: others test what happens without a process group.
+    """
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield torch.distributed.group.WORLD.group_name
     torch.distributed.destroy_process_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 
 from fusion_core.errors import ConfigError
@@ -33,8 +32,3 @@ def group_name(group: dist.ProcessGroup | str | None) -> str:
     if not isinstance(group, str) or world_size(group) is None:
         raise ConfigError(f"group is {group!r}, needs a ProcessGroup, the name of one, or None for the default group")
     return group
-
-
-def is_distributed() -> bool:
-    """Whether this process has a default process group."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

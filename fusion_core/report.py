@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections.abc import Mapping
@@ -39,11 +38,6 @@ class SiteReport:
     node: str
     attributes: Mapping[str, Any]
     decisions: tuple[Decision, ...]
-
-    def near_miss(self) -> Decision | None:
-        """The refused decision that says most: of the strategies that beat the chosen one's pattern, the furthest."""
-        refused = [d for d in self.decisions if Stage.STRUCTURE <= d.stage < Stage.OUTRANKED]
-        return max(refused, key=lambda d: d.stage, default=None)
 
 
 @dataclass(frozen=True)
@@ -191,8 +185,3 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     return str(value)
-
-
-def to_json(report: Report) -> str:
-    """The report as JSON text."""
-    return json.dumps(report.to_dict())

@@ -32,7 +32,6 @@ class Strategy:
         worthwhile: What makes it faster than the unfused path, as far as anybody measured.
         outputs: Names of what ``impl`` returns, in order; None for all outputs of the pattern. A site with another
             live output is refused.
-        inline: True where ``impl`` is the pattern's own torch code, so that choosing it changes nothing for Inductor.
         rank: Orders strategies of one backend and one pattern; the highest comes first.
 
     Example:
@@ -54,7 +53,6 @@ class Strategy:
     requires: tuple[Requirement, ...] = ()
     worthwhile: tuple[Requirement, ...] = ()
     outputs: tuple[str, ...] | None = None
-    inline: bool = False
     rank: int = 0
 
     @property

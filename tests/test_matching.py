@@ -186,6 +186,19 @@ def test_an_empty_chain_that_changes_shape_with_a_size_known_only_at_run_time_is
     assert "a symbolic size beside a 0" in str(late.reasons[0])
 
 
+def test_a_chain_that_changes_shape_with_two_sizes_known_only_at_run_time_is_refused() -> None:
+    def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
+        return norm(torch.tanh(x) + reduce(x.view(-1, N)).view(x.shape), w)
+
+    x, r, w = tensors(torch.bfloat16, 4, 3)
+    for dimension in (0, 1):
+        torch._dynamo.mark_dynamic(x, dimension)
+    fused = fuse(model, x, r, w)
+    late = next(d for d in fused.site.decisions if d.strategy == f"reference.{ADD}")
+    assert late.stage is Stage.REPLACEMENT
+    assert "has 2 symbolic sizes" in str(late.reasons[0])
+
+
 def layer_norm(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
     total = r + reduce(x)
     centred = total - total.mean(-1, keepdim=True)

@@ -14,4 +14,4 @@ from fusion_core.patterns import CORE_PATTERNS
 def fusion_strategies() -> Iterator[Strategy]:
     """One strategy for each core pattern: the pattern itself."""
     for pattern in CORE_PATTERNS:
-        yield Strategy(pattern=pattern.name, name=f"reference.{pattern.name}", impl=pattern.function, inline=True)
+        yield Strategy(pattern=pattern.name, name=f"reference.{pattern.name}", impl=pattern.function)

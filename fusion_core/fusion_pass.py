@@ -61,7 +61,7 @@ class FusionPass(CustomGraphPass):
         if not has_all_reduce(graph):
             return self._report((), device)
         view = LiftedGraph(graph, self.registry.dialects)
-        for problem in dict.fromkeys(view.problems):
+        for problem in dict.fromkeys(view.readings.problems):
             if self.config.strict:
                 raise BackendError(problem)
             warnings.warn(f"fusion_core: {problem}", RuntimeWarning, stacklevel=2)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_core.errors import PatternError
 from fusion_core.lifting.aten import RULES
 from fusion_core.lifting.collectives import all_reduces
-from fusion_core.lifting.dialect import Dialect, Reading
+from fusion_core.lifting.dialect import Dialect
 from fusion_core.lifting.meaning import Meaning, as_norm, dtype_of, same_shape, same_size, shape_of
+from fusion_core.lifting.readings import Readings
 from fusion_core.lifting.term import Term
 from fusion_core.reason import Reason
 
@@ -32,11 +32,7 @@ class LiftedGraph:
         self.anchors: list[tuple[fx.Node, Term]] = list(all_reduces(graph))
         self._meanings: dict[fx.Node, Meaning] = {}
         self._terms: dict[fx.Node, list[Term]] = defaultdict(list)
-        self.problems: list[str] = []
-        """Readings that do not fit their operators; each is left out."""
-        self._readings = {
-            name: (dialect, reading) for dialect in dialects for name, reading in dialect.readings.items()
-        }
+        self.readings = Readings(dialects)
         for node in graph.nodes:
             if node.op == "call_function":
                 self._lift(node)
@@ -72,15 +68,10 @@ class LiftedGraph:
             self._terms[operand].append(term)
 
     def _lift(self, node: fx.Node) -> None:
-        if found := self._reading(node):
-            dialect, reading = found
-            try:
-                term = reading.read(node, node.target._schema)  # type: ignore[union-attr]
-            except PatternError as error:
-                self.problems.append(f"dialect {dialect.name!r}: {error}")
-                return
-            operands = {name: self.tensor(o) if isinstance(o, fx.Node) else o for name, o in term.operands.items()}
-            self._add(Term(term.word, operands, term.results, term.refusal))
+        if (terms := self.readings.terms(node)) is not None:
+            for term in terms:
+                operands = {name: self.tensor(o) if isinstance(o, fx.Node) else o for name, o in term.operands.items()}
+                self._add(Term(term.word, operands, term.results, term.refusal))
             return
         rule = RULES.get(node.target)
         meaning = rule(node, self.meaning) if rule is not None and _readable(node) else None
@@ -89,13 +80,6 @@ class LiftedGraph:
             self._lift_norm(node, meaning)
         elif node.target in _ADDS:
             self._lift_add(node)
-
-    def _reading(self, node: fx.Node) -> tuple[Dialect, Reading] | None:
-        if not self._readings or not isinstance(node.target, torch._ops.OpOverload):
-            return None
-        name = node.target._schema.name
-        overload = f"{name}.{node.target._overloadname}"
-        return self._readings.get(overload) or self._readings.get(name)
 
     def _lift_norm(self, node: fx.Node, meaning: Meaning) -> None:
         norm = as_norm(meaning) if len(meaning.factors) in (2, 3) else None

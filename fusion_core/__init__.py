@@ -10,7 +10,8 @@ from fusion_core.decide import Decision
 from fusion_core.errors import BackendError, ConfigError, FusionError, PatternError
 from fusion_core.history import last_report, reports
 from fusion_core.hookspecs import hookimpl
-from fusion_core.lifting.dialect import Dialect, Reading
+from fusion_core.lifting.dialect import Dialect, Reading, Refusal
+from fusion_core.lifting.operands import Check, Derived, Earlier, Only
 from fusion_core.patterns.definition import Pattern, pattern
 from fusion_core.reason import Reason, Stage
 from fusion_core.registry import Registry
@@ -47,24 +48,29 @@ __all__ = [
     "Arch",
     "Attribute",
     "BackendError",
+    "Check",
     "ConfigError",
     "Contiguous",
     "DType",
     "Decision",
+    "Derived",
     "Device",
     "Dialect",
     "Dimensions",
+    "Earlier",
     "FusionConfig",
     "FusionError",
     "FusionPass",
     "LiveOutputs",
     "MultipleOf",
     "OnDevice",
+    "Only",
     "Pattern",
     "PatternError",
     "Present",
     "Reading",
     "Reason",
+    "Refusal",
     "Registry",
     "Report",
     "Requirement",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from fusion_core.groups import world_size
-from fusion_core.lifting.term import Term
+from fusion_core.lifting.term import Term, held_by
 from fusion_core.lifting.view import LiftedGraph
-from fusion_core.match import Match, is_tensor, match
+from fusion_core.match import Match, match
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.reason import Reason, Stage
 from fusion_core.registry import Registry
@@ -113,18 +113,20 @@ def _site(found: Match, view: LiftedGraph) -> Site | Reason:
         )
     x: fx.Node = found.bound["x"]
     value = x.meta["val"]
-    inputs, attributes = {}, {}
+    inputs, attributes, devices = {}, {}, set()
     for name, parameter in found.pattern.parameters.items():
         bound = found.bound.get(name, parameter.default)
-        if is_tensor(bound):
-            inputs[name] = TensorMeta.of(bound.meta["val"])
+        if (node := held_by(bound)) is not None:
+            inputs[name] = TensorMeta.of(node.meta["val"])
+            devices.add(node.meta["val"].device)
         elif parameter.is_tensor and bound is not None:
             return Reason("argument", f"{name} is {bound!r}", "a tensor", name)
         elif not parameter.is_tensor:
             attributes[name] = bound
-    if any(tensor.meta["val"].device != value.device for name in inputs if (tensor := found.bound[name])):
+    if len(devices) > 1:
         return Reason("device", "the inputs are on several devices", "one device")
     outputs = {name: TensorMeta.of(node.meta["val"]) for name, node in found.outputs.items()}
+    attributes |= found.notes
     return Site(
         found.pattern.name, found.anchor.name, inputs, outputs, attributes, Device.of(value.device), size, group
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable
 from types import FunctionType
@@ -53,8 +54,16 @@ def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _fresh(function: Any) -> Callable[..., Any]:
-    """The function with code of its own: Dynamo keeps graphs by code, and a dry run must not use up a model's."""
-    return FunctionType(function.__code__.replace(), function.__globals__)
+    """The function with code and a name of its own.
+
+    Dynamo keeps graphs by code, and a dry run must not use up a model's. By name it remembers which numbers have
+    differed from one call to the next, and makes those values of run time: another model's epsilon is none of its own.
+    """
+    name = f"{function.__name__}_{next(_numbers)}"
+    return FunctionType(function.__code__.replace(co_name=name), function.__globals__)
+
+
+_numbers = itertools.count()
 
 
 class _Look(_inductor.CustomGraphPass):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from fusion_core.decide import Candidate
+from fusion_core.dialects.c10d_functional import COALESCED
 from fusion_core.lifting.meaning import same_shape, same_size, shape_of
+from fusion_core.lifting.term import held_by, nodes_of
 from fusion_core.lifting.view import LiftedGraph
 from fusion_core.reason import Reason
 from fusion_core.site import TensorMeta, dtype_name
@@ -28,19 +31,19 @@ class Plan:
         candidate: The strategy and its site.
         place: The node behind which the strategy's operators go.
         hoisted: Late inputs that move behind ``place`` first, in order.
-        inputs: The strategy's tensors by name, as they are in the graph now.
+        inputs: The strategy's tensors by name, as they are in the graph now: a node, or several to be added first.
         reshapes: Inputs that take x's shape first → that shape.
         traced: The strategy's operators.
-        views: Outputs that take the shape which the site had → that shape.
+        views: Nodes that hold an output in another shape than the strategy's → that shape.
     """
 
     candidate: Candidate
     place: fx.Node
     hoisted: list[fx.Node]
-    inputs: dict[str, fx.Node]
+    inputs: dict[str, tuple[fx.Node, ...]]
     reshapes: dict[str, list[int]]
     traced: fx.GraphModule
-    views: dict[str, list[int]]
+    views: dict[fx.Node, list[int]]
 
 
 class Emitter:
@@ -66,26 +69,24 @@ class Emitter:
             raise Unplaceable(
                 Reason("taken", f"{taken.name} is a part of the site at {self._taken[taken]}", "a chain of its own")
             )
-        inputs = {
-            name: self._now(node)
-            for name in found.pattern.tensors
-            if isinstance(node := found.bound.get(name), fx.Node)
-        }
-        x = inputs["x"]
-        place, hoisted = self._place(candidate, list(inputs.values()))
-        partners = [name for name in inputs if name in found.pattern.elementwise]
+        bound = {n: v for n in found.pattern.tensors if (v := found.bound.get(n)) is not None}
+        inputs = {name: tuple(map(self._now, nodes_of(value))) for name, value in bound.items()}
+        (x,) = inputs["x"]
+        place, hoisted = self._place(candidate, [node for nodes in inputs.values() for node in nodes])
         reshapes = {
-            name: self._sizes(shape_of(x)) for name in partners if not same_shape(shape_of(inputs[name]), shape_of(x))
+            name: self._sizes(shape_of(x))
+            for name, nodes in inputs.items()
+            if name in found.pattern.elementwise and not all(same_shape(shape_of(node), shape_of(x)) for node in nodes)
         }
-        fakes = {name: node.meta["val"] for name, node in inputs.items()}
+        fakes = {name: held.meta["val"] for name, value in bound.items() if (held := held_by(value)) is not None}
         with x.meta["val"].fake_mode:
             fakes |= {name: fakes[name].reshape(sizes) for name, sizes in reshapes.items()}
         traced = self._trace(candidate, fakes)
         results = _results(candidate, traced)
         views = {
-            name: self._sizes(shape_of(node))
-            for name, node in found.outputs.items()
-            if not same_shape(shape_of(node), results[name].shape)
+            node: self._sizes(shape_of(node))
+            for node, name in found.holders.items()
+            if not same_shape(shape_of(node), _in_bytes(results[name], node.meta["val"].dtype).shape)
         }
         return Plan(candidate, place, hoisted, inputs, reshapes, traced, views)
 
@@ -101,17 +102,52 @@ class Emitter:
             place.append(node)
             place = node
         insert = _Inserter(self.graph, self.view.position, place, found.erased[-1], plan.candidate.strategy.name)
-        tensors = dict(plan.inputs)
-        for name, sizes in plan.reshapes.items():
-            tensors[name] = insert(torch.ops.aten.reshape.default, (tensors[name], sizes))
-        outputs = dict(zip(found.outputs, insert.copy(plan.traced, list(tensors.values())), strict=True))
-        for name, sizes in plan.views.items():
-            outputs[name] = insert(torch.ops.aten.reshape.default, (outputs[name], sizes))
-        for name, old in found.outputs.items():
-            old.replace_all_uses_with(outputs[name])
-            self._replaced[old] = outputs[name]
+        tensors = []
+        for name, nodes in plan.inputs.items():
+            if name in plan.reshapes:
+                nodes = tuple(insert(torch.ops.aten.reshape.default, (node, plan.reshapes[name])) for node in nodes)
+            tensors.append(nodes[0] if len(nodes) == 1 else insert(torch.ops.aten.add.Tensor, nodes))
+        outputs = dict(zip(found.outputs, insert.copy(plan.traced, tensors), strict=True))
+        for old, name in found.holders.items():
+            new = outputs[name]
+            if (dtype := old.meta["val"].dtype) != new.meta["val"].dtype:
+                new = insert(torch.ops.aten.view.dtype, (new, dtype))
+            if old in plan.views:
+                new = insert(torch.ops.aten.reshape.default, (new, plan.views[old]))
+            old.replace_all_uses_with(new)
+            self._replaced[old] = new
+        left = {n for node in found.erased for n in node.all_input_nodes} - set(found.erased)
         for node in reversed(found.erased):
             self.graph.erase_node(node)
+        coalesced = {node for node in left if node.target in COALESCED}
+        for node in coalesced:
+            self._drop_parts(node)
+        self._sweep(left - coalesced)
+
+    def _drop_parts(self, node: fx.Node) -> None:
+        """Take out of a coalesced collective what nothing uses any more."""
+        inputs, values = node.args[0], node.meta["val"]
+        assert isinstance(inputs, list | tuple)
+        used: dict[Any, fx.Node] = {part.args[1]: part for part in node.users}
+        kept = sorted(used)
+        if not kept:
+            self.graph.erase_node(node)
+            return
+        node.update_arg(0, [inputs[index] for index in kept])
+        node.meta["val"] = [values[index] for index in kept]
+        for place, index in enumerate(kept):
+            used[index].update_arg(1, place)
+
+    def _sweep(self, nodes: Iterable[fx.Node]) -> None:
+        """Erase what only the site used: buffers that it wrote into, casts of its weight."""
+        waiting = list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if node.op != "call_function" or node.users or node.is_impure() or node not in self.view.position:
+                continue
+            waiting += node.all_input_nodes
+            self.graph.erase_node(node)
+            del self.view.position[node]
 
     def _now(self, node: fx.Node) -> fx.Node:
         """The node that holds a value after the replacements so far."""
@@ -124,7 +160,7 @@ class Emitter:
         moved up, which is safe for what has no side effects and does not hang on the site.
         """
         position, body, anchor = self.view.position, set(candidate.match.erased), candidate.match.anchor
-        uses = [user for node in candidate.match.outputs.values() for user in node.users if user not in body]
+        uses = [user for node in candidate.match.holders for user in node.users if user not in body]
         first = min(uses, key=position.__getitem__, default=None)
         limit = len(position) if first is None else position[first]
         late: list[fx.Node] = []
@@ -173,12 +209,19 @@ def _results(candidate: Candidate, traced: fx.GraphModule) -> dict[str, torch.Te
     results = {name: node.meta["val"] for name, node in zip(outputs, returned(traced), strict=True)}
     for name, value in results.items():
         wanted = outputs[name].meta["val"]
+        value = _in_bytes(value, wanted.dtype)
         if value.dtype != wanted.dtype or not same_size(value.numel(), wanted.numel()) or value.device != wanted.device:
             found = f"{candidate.strategy.name} gives {name} as {TensorMeta.of(value)} on {value.device}"
             raise Unplaceable(
                 Reason("output", found, f"{dtype_name(wanted.dtype)} of {tuple(wanted.shape)} on {wanted.device}", name)
             )
     return results
+
+
+def _in_bytes(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """One-byte values as the integers in which a site holds their bytes: four E4M3 scales to an int32, for one."""
+    holds_bytes = value.dtype.itemsize == 1 and dtype in (torch.uint8, torch.int32) and value.dtype != dtype
+    return value.view(dtype) if holds_bytes and same_size(value.shape[-1] % dtype.itemsize, 0) else value
 
 
 def _allocates(target: Any) -> bool:

@@ -42,6 +42,7 @@ def fingerprint(registry: Registry, dry_run: bool = False) -> str:
         dry_run,
         device,
         registry.tiers,
+        states(registry),
     ]
     parts += [
         (pattern.name, pattern.signature(), _source(pattern.function))
@@ -57,6 +58,11 @@ def fingerprint(registry: Registry, dry_run: bool = False) -> str:
         digest.update(repr(part).encode())
         digest.update(b"\0")
     return digest.hexdigest()
+
+
+def states(registry: Registry) -> str:
+    """What the readings of dialects hang on beside the graph, such as another framework's names for process groups."""
+    return repr([(dialect.name, dialect.state()) for dialect in registry.dialects if dialect.state is not None])
 
 
 def _declaration(strategy: Strategy) -> tuple[object, ...]:

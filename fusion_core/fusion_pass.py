@@ -15,8 +15,9 @@ from fusion_core.config import FusionConfig
 from fusion_core.decide import Decision, Verdict, judge
 from fusion_core.emit import Emitter
 from fusion_core.errors import BackendError
-from fusion_core.fingerprint import fingerprint, version
+from fusion_core.fingerprint import fingerprint, states, version
 from fusion_core.lifting.collectives import has_all_reduce
+from fusion_core.lifting.readings import Readings
 from fusion_core.lifting.view import LiftedGraph
 from fusion_core.reason import Reason, Stage
 from fusion_core.registry import Registry
@@ -47,7 +48,7 @@ class FusionPass(CustomGraphPass):
         self.config = (FusionConfig() if config is None else config) if registry is None else registry.config
         self.registry = Registry.load(self.config) if registry is None else registry
         self.dry_run = dry_run
-        self._uuids: dict[tuple[Device, bool], str] = {}
+        self._uuids: dict[tuple[Device, bool, str], str] = {}
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite the chosen sites of a graph and record the report; a graph without a chosen site stays as it is."""
@@ -58,10 +59,11 @@ class FusionPass(CustomGraphPass):
     def run(self, graph: fx.Graph) -> Report:
         """Rewrite the chosen sites of a graph and return the report."""
         device = _device(graph)
-        if not has_all_reduce(graph):
+        readings = Readings(self.registry.dialects)
+        if not has_all_reduce(graph, readings):
             return self._report((), device)
-        view = LiftedGraph(graph, self.registry.dialects)
-        for problem in dict.fromkeys(view.readings.problems):
+        view = LiftedGraph(graph, readings)
+        for problem in dict.fromkeys(readings.problems):
             if self.config.strict:
                 raise BackendError(problem)
             warnings.warn(f"fusion_core: {problem}", RuntimeWarning, stacklevel=2)
@@ -127,7 +129,8 @@ class FusionPass(CustomGraphPass):
 
     def uuid(self) -> str:
         """A key of everything that the pass's work hangs on; Inductor's compile cache uses it."""
-        key = Device.here(), self.dry_run  # the rest is fixed; Inductor asks several times for each graph
+        # the rest is fixed; Inductor asks several times for each graph
+        key = Device.here(), self.dry_run, states(self.registry)
         if key not in self._uuids:
             self._uuids[key] = fingerprint(self.registry, self.dry_run)
         return self._uuids[key]

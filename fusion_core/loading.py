@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -14,7 +14,8 @@ import pluggy
 
 from fusion_core import hookspecs
 from fusion_core.errors import BackendError, FusionError
-from fusion_core.lifting.dialect import Dialect
+from fusion_core.lifting.dialect import Dialect, Refusal
+from fusion_core.lifting.operands import Earlier
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import Pattern
 from fusion_core.reason import Reason
@@ -181,16 +182,28 @@ def _check_strategies(backend: Backend, patterns: dict[str, Pattern]) -> None:
 
 
 def _check_readings(backend: Backend, words: dict[str, Operation]) -> None:
-    """Raise where a reading does not fit its word: it would never be matched, and nothing would say why."""
     for dialect in backend.dialects:
-        for operator, reading in dialect.readings.items():
-            where = f"dialect {dialect.name!r}, reading of {operator!r}"
-            if reading.word not in words:
-                raise BackendError(f"{where}: the word is {reading.word!r}, needs one of {', '.join(sorted(words))}")
-            word = words[reading.word]
-            given, needed = {*reading.operands, *reading.constants}, set(word.signature.parameters)
+        check_dialect(dialect, words)
+
+
+def check_dialect(dialect: Dialect, words: Mapping[str, Operation]) -> None:
+    """Raise where a reading does not fit its word: it would never be matched, and nothing would say why."""
+    for operator, reading in dialect.readings.items():
+        where = f"dialect {dialect.name!r}, reading of {operator!r}"
+        given_words = reading.words if isinstance(reading, Refusal) else [r.word for r in dialect.words_of(operator)]
+        if unknown := [name for name in given_words if name not in words]:
+            raise BackendError(f"{where}: the word is {unknown[0]!r}, needs one of {', '.join(sorted(words))}")
+        earlier: set[str] = set()
+        for each in dialect.words_of(operator):
+            word = words[each.word]
+            given, needed = each.parameters, set(word.signature.parameters)
             if given != needed:
                 lacks, extra = sorted(needed - given), sorted(given - needed)
                 raise BackendError(f"{where} lacks {lacks} and has {extra} too many, needs {word.name}{word.signature}")
-            if reading.results != word.results:
-                raise BackendError(f"{where} gives {reading.results}, needs {word.results}, the results of {word.name}")
+            if (names := tuple(each.results)) != word.results:
+                raise BackendError(f"{where} gives {names}, needs {word.results}, the results of {word.name}")
+            for operand in each.operands.values():
+                if isinstance(operand, Earlier) and operand.result not in earlier:
+                    found = f"{word.name} takes {operand.result!r} of an earlier word"
+                    raise BackendError(f"{where}: {found}, needs one of {sorted(earlier)}")
+            earlier.update(word.results)

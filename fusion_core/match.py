@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
-from fusion_core.lifting.term import Term
+from fusion_core.lifting.rule import is_cheap
+from fusion_core.lifting.term import Term, Unheld, nodes_of
 from fusion_core.lifting.view import LiftedGraph
-from fusion_core.patterns.definition import GROUP, Pattern
+from fusion_core.patterns.definition import Pattern
 from fusion_core.reason import Reason
 from fusion_core.vocabulary.operation import Step, Symbol
 
@@ -24,9 +24,12 @@ class Match:
         pattern: The pattern.
         anchor: The all_reduce.
         terms: The terms of the graph, one for each step of the pattern.
-        bound: The pattern's parameters and ``group`` → a node, a scalar, or None.
+        bound: The pattern's parameters and ``group`` → a node, a `Sum`, a scalar, or None.
         outputs: The pattern's live outputs → the nodes that hold them, in the pattern's order.
         erased: Nodes that the place is made of and nothing else uses, in graph order.
+        kept: Nodes between that something outside uses, and that can be computed from live outputs as they stand.
+        notes: Facts about the spelling, for the site's attributes.
+        twins: Further nodes that hold a live output → which.
     """
 
     pattern: Pattern
@@ -35,6 +38,14 @@ class Match:
     bound: dict[str, Any]
     outputs: dict[str, fx.Node]
     erased: tuple[fx.Node, ...]
+    kept: frozenset[fx.Node] = frozenset()
+    notes: dict[str, Any] = field(default_factory=dict)
+    twins: dict[fx.Node, str] = field(default_factory=dict)
+
+    @property
+    def holders(self) -> dict[fx.Node, str]:
+        """Every node that holds a live output → which."""
+        return {node: name for name, node in self.outputs.items()} | self.twins
 
 
 def match(pattern: Pattern, view: LiftedGraph, anchor: fx.Node, term: Term) -> Match | Reason:
@@ -42,14 +53,17 @@ def match(pattern: Pattern, view: LiftedGraph, anchor: fx.Node, term: Term) -> M
     if term.refusal is not None:
         return term.refusal
     for step in pattern.steps[1:]:
-        if step.operation.name not in view.words:  # most patterns, in most graphs: not worth a walk
-            word = step.operation.name
+        word = step.operation.name
+        if word not in view.words:  # most patterns, in most graphs: not worth a walk
+            if view.may_say_why(word):
+                break
             return Reason("structure", f"nothing in this graph reads as {word}", f"{word} of what comes before")
     first = pattern.steps[0]
-    environment = _unify(first, term, {})
+    environment = _unify(first, term.operands, term, {})
     if environment is None:
         return Reason("structure", f"{anchor.name} is another all_reduce than the pattern's")
     nearest: tuple[int, Reason] | None = None
+    found: Match | None = None
     for outcome in _follow(pattern, view, [term], environment):
         if isinstance(outcome, tuple):
             depth, reason = outcome
@@ -57,10 +71,16 @@ def match(pattern: Pattern, view: LiftedGraph, anchor: fx.Node, term: Term) -> M
             terms, environment = outcome.terms, outcome.environment
             result = _settle(pattern, view, anchor, terms, environment)
             if isinstance(result, Match):
-                return result
+                if not result.kept:
+                    return result
+                if found is None or len(result.kept) < len(found.kept):
+                    found = result
+                continue
             depth, reason = len(terms), result
         if nearest is None or depth > nearest[0]:
             nearest = depth, reason
+    if found is not None:
+        return found
     assert nearest is not None
     return nearest[1]
 
@@ -83,15 +103,15 @@ def _follow(
     known = next(
         environment[o] for o in step.operands.values() if isinstance(o, Symbol) and o in environment and o.step
     )
-    candidates = list(view.terms(known, step.operation.name)) if isinstance(known, fx.Node) else []
+    candidates = list(view.terms(known, step.operation.name)) if isinstance(known, fx.Node | Unheld) else []
     if not candidates:
-        yield depth, _missing(step, known)
+        yield depth, view.near_miss(known, step.operation.name) or _missing(step, known)
     for term in candidates:
         if term.refusal is not None:
             yield depth, term.refusal
             continue
         for operands in _orders(step, term):
-            extended = _unify(step, Term(term.word, operands, term.results), environment)
+            extended = _unify(step, operands, term, environment)
             if extended is None:
                 yield (
                     depth,
@@ -114,18 +134,20 @@ def _orders(step: Step, term: Term) -> Iterator[dict[str, Any]]:
         yield {**term.operands, a: term.operands[b], b: term.operands[a]}
 
 
-def _unify(step: Step, term: Term, environment: dict[Symbol, Any]) -> dict[Symbol, Any] | None:
+def _unify(
+    step: Step, operands: dict[str, Any], term: Term, environment: dict[Symbol, Any]
+) -> dict[Symbol, Any] | None:
     """The environment with a step's symbols bound as a term has them; None where they contradict."""
     extended = dict(environment)
     for name, wanted in step.operands.items():
-        if name not in term.operands:
+        if name not in operands:
             return None
-        found = term.operands[name]
+        found = operands[name]
         if not isinstance(wanted, Symbol):
             if found is not wanted and found != wanted:
                 return None
         elif wanted in extended:
-            if extended[wanted] is not found and (isinstance(found, fx.Node) or extended[wanted] != found):
+            if extended[wanted] is not found and (isinstance(found, fx.Node | Unheld) or extended[wanted] != found):
                 return None
         else:
             extended[wanted] = found
@@ -140,29 +162,60 @@ def _settle(
     """Which nodes the place is made of, which of its values are live, and whether it can be replaced as a whole."""
     values = dict(zip(pattern.outputs, (environment[symbol] for symbol in pattern.values), strict=True))
     bound = {symbol.name: value for symbol, value in environment.items() if symbol.step is None}
+    if not any(isinstance(result, fx.Node) for result in terms[-1].results.values()):
+        held = ", ".join(map(str, terms[-1].results.values()))
+        return Reason("live_value", f"no node holds {held}", "a result that something uses")
     if reason := _depends_on_itself(view, anchor, bound):
         return reason
     body = _body(view, anchor, terms)
-    named = {node: name for name, node in values.items() if node is not None}
+    twins = {node: name for term in terms for node, name in _twins(pattern, term, values).items()}
+    named = {node for node in values.values() if isinstance(node, fx.Node)} | set(twins)
     kept: set[fx.Node] = set()
-    for node in sorted(body, key=view.position.__getitem__, reverse=True):
-        outside = [user for user in node.users if user not in body or user in kept]
-        if not outside or node in named:
+    for node in sorted(body, key=view.position.__getitem__):
+        outside = next((user for user in node.users if user not in body), None)
+        if outside is None or node in named or _keep(node, named, body, kept):
             continue
-        if view.tensor(node) not in named:
-            return Reason(
-                "live_value",
-                f"{node.name} inside the chain is used by {outside[0].name}",
-                f"uses of {', '.join(values)} only",
-            )
-        kept.add(node)  # a cast or view of a named value: it stays, and makes that value live
-    body -= kept
-    if reason := _mutated(view, bound, body):
+        live = ", ".join(values)
+        return Reason("live_value", f"{node.name} inside the chain is used by {outside.name}", f"uses of {live} only")
+    erased = body - kept
+    if reason := _mutated(view, bound, erased):
         return reason
     outputs = {
-        name: node for name, node in values.items() if node is not None and any(user not in body for user in node.users)
+        name: node
+        for name, node in values.items()
+        if isinstance(node, fx.Node)
+        and any(user not in erased for n in (node, *(t for t in twins if twins[t] == name)) for user in n.users)
     }
-    return Match(pattern, anchor, tuple(terms), bound, outputs, tuple(sorted(body, key=view.position.__getitem__)))
+    order = sorted(erased, key=view.position.__getitem__)
+    arithmetic = frozenset(node for node in kept if view.tensor(node) not in named)
+    notes = {key: note for term in terms for key, note in term.notes.items()}
+    again = {node: output for node, output in twins.items() if any(user not in erased for user in node.users)}
+    return Match(pattern, anchor, tuple(terms), bound, outputs, tuple(order), arithmetic, notes, again)
+
+
+def _twins(pattern: Pattern, term: Term, values: dict[str, Any]) -> dict[fx.Node, str]:
+    """Nodes that compute an output once more → the output."""
+    names = {value: name for name, value in values.items()}
+    return {node: names[held] for node, name in term.twins.items() if (held := term.results[name]) in names}
+
+
+def _keep(node: fx.Node, named: set[fx.Node], body: set[fx.Node], kept: set[fx.Node]) -> bool:
+    """Whether a node can stay where it is, computed from live outputs; it and what it needs are then kept.
+
+    Casts, views and steps of arithmetic only. A reduction that stays would be half of what is fused, done twice.
+    """
+    needed: list[fx.Node] = []
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in named or current in kept or current not in body:
+            continue
+        if not is_cheap(current):
+            return False
+        needed.append(current)
+        stack += current.all_input_nodes
+    kept.update(needed)
+    return True
 
 
 def _body(view: LiftedGraph, anchor: fx.Node, terms: list[Term]) -> set[fx.Node]:
@@ -182,16 +235,16 @@ def _body(view: LiftedGraph, anchor: fx.Node, terms: list[Term]) -> set[fx.Node]
             inside[node] = any(inside.get(n, False) for n in node.all_input_nodes)
 
     for term in terms:
-        for node in term.results.values():
-            if node not in inside:
+        for node in (*term.results.values(), *term.twins):
+            if isinstance(node, fx.Node) and node not in inside:
                 reaches(node)
     return {node for node, is_inside in inside.items() if is_inside}
 
 
 def _depends_on_itself(view: LiftedGraph, anchor: fx.Node, bound: dict[str, Any]) -> Reason | None:
     """Whether an input of the place is computed from the all_reduce's result, so that it cannot come first."""
-    for name, node in bound.items():
-        if isinstance(node, fx.Node) and view.position[node] > view.position[anchor] and _descends(view, node, anchor):
+    for name, node in [(name, node) for name, value in bound.items() for node in nodes_of(value)]:
+        if view.position[node] > view.position[anchor] and _descends(view, node, anchor):
             return Reason(
                 "structure",
                 f"{name} ({node.name}) is computed from the all_reduce's result",
@@ -221,10 +274,8 @@ def _mutated(view: LiftedGraph, bound: dict[str, Any], body: set[fx.Node]) -> Re
     for node in body:
         if writer := _writer(node, lambda user: user not in body):
             return Reason("mutation", f"{writer.name} writes into {node.name}", "a value that nothing writes into")
-    for name, node in bound.items():
-        if isinstance(node, fx.Node) and (
-            writer := _writer(node, lambda user: user not in body and view.position[user] <= last)
-        ):
+    for name, node in [(name, node) for name, value in bound.items() for node in nodes_of(value)]:
+        if writer := _writer(node, lambda user: user not in body and view.position[user] <= last):
             return Reason(
                 "mutation",
                 f"{writer.name} writes into {name} ({node.name}) inside the chain",
@@ -247,11 +298,3 @@ def _writer(node: fx.Node, counts: Any) -> fx.Node | None:
             elif writer := _writer(user, counts):
                 return writer
     return None
-
-
-def is_tensor(value: object) -> bool:
-    """Whether a bound value is a tensor of the graph."""
-    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
-
-
-__all__ = ["GROUP", "Match", "is_tensor", "match"]

@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from fusion_core.config import FusionConfig, check_environment
+from fusion_core.dialects import CORE_DIALECTS
 from fusion_core.errors import BackendError
 from fusion_core.lifting.dialect import Dialect
 from fusion_core.loading import Backend, LoadFailure, call, load_all
@@ -78,8 +79,8 @@ class Registry:
 
     @functools.cached_property
     def dialects(self) -> tuple[Dialect, ...]:
-        """Every dialect of every backend in use."""
-        return tuple(dialect for backend in self.backends.values() for dialect in backend.dialects)
+        """The library's own dialects, then every dialect of every backend in use."""
+        return (*CORE_DIALECTS, *(dialect for backend in self.backends.values() for dialect in backend.dialects))
 
     def unavailable(self, backend: str, device: Device) -> tuple[Reason, ...]:
         """Why a backend cannot be used on a device; empty where it can. Asked once per device."""

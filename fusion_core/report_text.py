@@ -17,7 +17,9 @@ _ORIGINS = {
 }
 _REFUSED = (Stage.REQUIRES, Stage.WORTHWHILE, Stage.REPLACEMENT, Stage.OUTRANKED)
 _FLAGS = {"weight_bias": 0.0}
-"""Attributes that are shown only where they differ from this, or from None."""
+"""Attributes that are shown only where they differ from this, or from None and False."""
+_UNSAID = ("inputs", "live", "group", "world_size", "weight_after_cast")
+"""Attributes that the line shows in another way, or that most models have."""
 
 
 def text(report: Report) -> str:
@@ -84,9 +86,12 @@ def facts(attributes: Mapping[str, Any]) -> str:
         return ""
     words = [f"x {attributes['inputs']['x']}"]
     for name, value in attributes.items():
-        if name in ("inputs", "live", "group", "world_size") or value is None or _FLAGS.get(name) == value:
+        if name in _UNSAID or value is None or value is False or _FLAGS.get(name) == value:
             continue
-        words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {_value(value)}")
+        if value is True:
+            words.append(name)
+        else:
+            words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {_value(value)}")
     words.append(f"live {' + '.join(attributes['live']) or 'nothing'}")
     return ", ".join(words)
 

@@ -80,7 +80,9 @@ class Site:
         node: A label of the all_reduce that anchors the place, for people.
         inputs: The pattern's tensor parameters by name; an optional one that is absent is missing here.
         outputs: The pattern's *live* outputs by name: those that anything outside the place uses.
-        attributes: The pattern's scalar parameters by name: ``eps``, ``weight_bias``, ...
+        attributes: The pattern's scalar parameters by name: ``eps``, ``weight_bias``, ...; and, where the graph tells,
+            how the model rounds: ``weight_after_cast``, ``norm_of_unrounded_sum``, ``reassociated``; and whose
+            ``collective`` it calls, where that is not torch's own all_reduce. See docs/recognition.md.
         device: Where the tensors are.
         world_size: The number of ranks in the process group.
         group: The process group's name.

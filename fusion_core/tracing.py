@@ -10,6 +10,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusion_core.errors import FusionError
+from fusion_core.lifting.term import held_by
 from fusion_core.match import Match
 from fusion_core.patterns.definition import GROUP
 from fusion_core.reason import Reason
@@ -29,9 +30,7 @@ class Unplaceable(FusionError):
 def scalars(found: Match) -> dict[str, Any]:
     """All that a match binds but tensors: scalars, the group, and None for a tensor that is absent."""
     bound = {name: found.bound.get(name, parameter.default) for name, parameter in found.pattern.parameters.items()}
-    return {name: value for name, value in bound.items() if not isinstance(value, fx.Node)} | {
-        GROUP: found.bound[GROUP]
-    }
+    return {name: value for name, value in bound.items() if held_by(value) is None} | {GROUP: found.bound[GROUP]}
 
 
 def trace(

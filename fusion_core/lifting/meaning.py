@@ -7,13 +7,13 @@ and waits leave the meaning as it is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,31 @@ class Plus:
     constant: float
 
 
-Atom = Of | MeanSquare | Plus
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function of a product.
+
+    Attributes:
+        name: ``abs``; ``abs_max``, the maximum of magnitudes over the last dimension; ``at_least`` and ``at_most``, a
+            bound in ``parameter``; ``log2``; ``ceil``; ``power_of_two_above``; ``one_if_zero``;
+            ``spread``, each value repeated ``parameter`` times along the last dimension.
+        term: What it is taken of.
+        parameter: Its constant.
+    """
+
+    name: str
+    term: Meaning
+    parameter: float = 0.0
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether it has no negative values."""
+        if self.name == "at_least" and self.parameter >= 0:
+            return True
+        return self.name in ("abs", "abs_max", "power_of_two_above")
+
+
+Atom = Of | MeanSquare | Plus | Function
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +72,7 @@ class Meaning:
     Attributes:
         factors: Pairs of atom and exponent; no exponent is zero, no atom comes twice.
         coefficient: The constant factor.
-        row: None for a tensor in its own shape. For one value per row, a mean over the last dimension: True where
+        row: None for a tensor in its own shape. For one value per row, a reduction over the last dimension: True where
             that dimension is kept with size 1, False where it is dropped. A dropped one must not be mistaken for a
             vector along the last dimension, whatever its size.
     """
@@ -75,10 +99,21 @@ class Meaning:
     @property
     def tensor(self) -> fx.Node | None:
         """The tensor that it is, unchanged but for its shape and a wider dtype; None where it is anything else."""
-        if self.coefficient != 1.0 or len(self.factors) != 1:
+        return self.multiple if self.coefficient == 1.0 else None
+
+    @property
+    def multiple(self) -> fx.Node | None:
+        """The tensor that it is a multiple of; None where it is anything else."""
+        atom = self.sole
+        return atom.node if isinstance(atom, Of) else None
+
+    @property
+    def sole(self) -> Atom | None:
+        """The atom that it is, but for its coefficient; None where it is a product or another power."""
+        if len(self.factors) != 1:
             return None
         ((atom, exponent),) = self.factors
-        return atom.node if isinstance(atom, Of) and exponent == 1.0 else None
+        return atom if exponent == 1.0 else None
 
     def times(self, other: Meaning, row: bool | None = None) -> Meaning:
         """The product of both."""
@@ -102,8 +137,30 @@ class Meaning:
         """A constant added. The inner coefficient is drawn out, so that ``c·m + k`` is ``c · (m + k/c)``."""
         if constant == 0 or self.coefficient == 0:
             return self
+        inner, added = Meaning(self.factors, 1.0, self.row), constant / self.coefficient
+        if isinstance(atom := self.sole, Plus):
+            inner, added = atom.term, atom.constant + added
+        if added == 0:
+            return Meaning(inner.factors, self.coefficient, self.row)
+        return Meaning(frozenset({(Plus(inner, added), 1.0)}), self.coefficient, self.row)
+
+    def bounded(self, name: str, bound: float) -> Meaning | None:
+        """``at_least`` or ``at_most`` a number, the coefficient drawn out; None where that would turn the bound."""
+        if self.coefficient <= 0 or self.is_constant:
+            return None
         inner = Meaning(self.factors, 1.0, self.row)
-        return Meaning(frozenset({(Plus(inner, constant / self.coefficient), 1.0)}), self.coefficient, self.row)
+        return Meaning(frozenset({(Function(name, inner, bound / self.coefficient), 1.0)}), self.coefficient, self.row)
+
+    def absolute(self) -> Meaning:
+        """The magnitude, the coefficient drawn out."""
+        if isinstance(atom := self.sole, Function) and atom.is_positive:
+            return Meaning(self.factors, abs(self.coefficient), self.row)
+        inner = Meaning(self.factors, 1.0, self.row)
+        return Meaning(frozenset({(Function("abs", inner), 1.0)}), abs(self.coefficient), self.row)
+
+    def through(self, name: str) -> Meaning:
+        """A function without constants of all of it."""
+        return Meaning(frozenset({(Function(name, self), 1.0)}), 1.0, self.row)
 
     def shaped(self, row: bool | None) -> Meaning:
         """The same value where a view kept or dropped the reduced dimension."""
@@ -111,72 +168,14 @@ class Meaning:
 
 
 def _meaning(exponents: Mapping[Atom, float], coefficient: float, row: bool | None) -> Meaning:
-    return Meaning(frozenset((atom, power) for atom, power in exponents.items() if power), coefficient, row)
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """An RMSNorm of a tensor of the graph."""
-
-    base: fx.Node
-    eps: float
-    weight: fx.Node | None
-    weight_bias: float
-
-
-def as_norm(meaning: Meaning) -> Norm | None:
-    """The RMSNorm that a product is; None where it is none."""
-    root = base = None
-    eps = 0.0
-    rest: list[tuple[Atom, float]] = []
-    for atom, exponent in meaning.factors:
-        match atom, exponent:
-            case Plus(term=Meaning() as term, constant=constant), -0.5 if (node := _mean_square(term)) is not None:
-                root, eps = node, constant
-            case MeanSquare(node=node), -0.5:
-                root = node
-            case _:
-                rest.append((atom, exponent))
-    if root is None or not math.isclose(meaning.coefficient, 1.0, rel_tol=1e-6):
-        return None
-    weights = []
-    for atom, exponent in rest:
-        if isinstance(atom, Of) and atom.node is root and exponent == 1.0 and base is None:
-            base = root
-        else:
-            weights.append((atom, exponent))
-    if base is None or len(weights) > 1:
-        return None
-    if not weights:
-        return Norm(base, eps, None, 0.0)
-    ((atom, exponent),) = weights
-    weight, bias = _weight(atom)
-    if exponent != 1.0 or weight is None or not _is_weight(weight, base):
-        return None
-    return Norm(base, eps, weight, bias)
-
-
-def _mean_square(term: Meaning) -> fx.Node | None:
-    if term.coefficient != 1.0 or len(term.factors) != 1:
-        return None
-    ((atom, exponent),) = term.factors
-    return atom.node if isinstance(atom, MeanSquare) and exponent == 1.0 else None
-
-
-def _weight(atom: Atom) -> tuple[fx.Node | None, float]:
-    match atom:
-        case Of(node=node):
-            return node, 0.0
-        case Plus(term=term, constant=constant):
-            return term.tensor, constant
-        case _:
-            return None, 0.0
-
-
-def _is_weight(weight: fx.Node, base: fx.Node) -> bool:
-    """Whether ``weight`` lies along the last dimension of ``base`` alone."""
-    shape = shape_of(weight)
-    return bool(shape) and same_size(shape[-1], shape_of(base)[-1]) and all(same_size(size, 1) for size in shape[:-1])
+    plain: dict[Atom, float] = {}
+    for atom, power in exponents.items():
+        inner: Iterable[tuple[Atom, float]] = ((atom, 1.0),)
+        if isinstance(atom, Function) and atom.name == "abs" and power % 2 == 0:  # |x|^2 is x^2
+            inner = atom.term.factors
+        for part, exponent in inner:
+            plain[part] = plain.get(part, 0.0) + exponent * power
+    return Meaning(frozenset((atom, power) for atom, power in plain.items() if power), coefficient, row)
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
@@ -195,7 +194,7 @@ def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal, without a guard on symbolic ones."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return bool(_expression(a) == _expression(b))
+    return bool(_expression(a) == _expression(b)) or statically_known_true(a == b)
 
 
 def _expression(size: Any) -> Any:
@@ -206,3 +205,8 @@ def same_shape(a: Iterable[Any], b: Iterable[Any]) -> bool:
     """Whether two shapes are known to be equal, without a guard on symbolic sizes."""
     left, right = tuple(a), tuple(b)
     return len(left) == len(right) and all(map(same_size, left, right))
+
+
+def one_element(node: fx.Node) -> bool:
+    """Whether a node's tensor is known to have one element."""
+    return isinstance(node.meta.get("val"), torch.Tensor) and all(same_size(size, 1) for size in shape_of(node))

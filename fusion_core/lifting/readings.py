@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from fusion_core.errors import PatternError
-from fusion_core.lifting.dialect import Dialect, Reading
+from fusion_core.lifting.application import application, operator_of
+from fusion_core.lifting.dialect import Dialect, Reading, Refusal, read
 from fusion_core.lifting.term import Term
+
+Found = tuple[Dialect, Reading | tuple[Reading, ...] | Refusal]
 
 
 class Readings:
@@ -17,29 +20,36 @@ class Readings:
 
     Attributes:
         problems: Readings that do not fit their operators; each is left out.
+        collectives: Names of the operators that read as an all_reduce.
     """
 
     def __init__(self, dialects: Iterable[Dialect] = ()) -> None:
         self.problems: list[str] = []
-        self._readings = {
-            name: (dialect, reading) for dialect in dialects for name, reading in dialect.readings.items()
-        }
+        self._readings: dict[str, Found] = {}
+        self.collectives: list[str] = []
+        for dialect in dialects:
+            self._readings |= {name: (dialect, reading) for name, reading in dialect.readings.items()}
+        for name, (dialect, _) in self._readings.items():
+            if any(reading.word == "all_reduce" for reading in dialect.words_of(name)):
+                self.collectives.append(name)
+        self._known: dict[OpOverload, Found | None] = {}
 
     def terms(self, node: fx.Node) -> list[Term] | None:
         """The terms that a node reads as; None where no dialect knows its operator."""
-        found = self._find(node)
+        operator = operator_of(node)
+        if operator is None:
+            return None
+        if operator not in self._known:  # a graph has many nodes and few operators, and a schema is slow to look at
+            name = operator._schema.name
+            overload = f"{name}.{operator._overloadname}"
+            self._known[operator] = self._readings.get(overload) or self._readings.get(name)
+        found = self._known[operator]
         if found is None:
             return None
         dialect, reading = found
         try:
-            return [reading.read(node, node.target._schema)]  # type: ignore[union-attr]
+            call = application(node)
+            return [] if call is None else read(reading, call)
         except PatternError as error:
             self.problems.append(f"dialect {dialect.name!r}: {error}")
             return []
-
-    def _find(self, node: fx.Node) -> tuple[Dialect, Reading] | None:
-        if not self._readings or not isinstance(node.target, torch._ops.OpOverload):
-            return None
-        name = node.target._schema.name
-        overload = f"{name}.{node.target._overloadname}"
-        return self._readings.get(overload) or self._readings.get(name)

@@ -129,6 +129,23 @@ def test_explain_says_the_same_however_often_it_is_asked_and_uses_up_nothing_of_
         assert len(explain(compiled, *tensors()).fused) == 1
 
 
+def test_explain_of_one_model_does_not_hang_on_another() -> None:
+    """Dynamo remembers by code that a number has differed, and hands it in as a tensor from then on."""
+
+    class Model(torch.nn.Module):
+        def __init__(self, eps: float) -> None:
+            super().__init__()
+            self.eps = eps
+
+        def forward(self, x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
+            return norm(r + reduce(x), w, self.eps)
+
+    with torch.no_grad():
+        for eps in (1e-5, 1e-6, 1e-4):
+            (site,) = explain(Model(eps), *tensors()).sites
+            assert (site.pattern, site.attributes["eps"]) == (ADD, eps)
+
+
 def test_explain_of_a_model_without_collectives_says_so() -> None:
     with torch.no_grad():
         assert "no all_reduce" in str(explain(torch.nn.Linear(2, 2), torch.ones(1, 2)))

@@ -1,6 +1,7 @@
 """The documentation shows what the code does: hooks, requirements, included code, examples, links.
 
-``python tests/docs/test_docs.py`` renews the code that pages include and the tables that they print.
+``python tests/docs/test_docs.py`` renews the code that pages include and the tables that they print; with ``models``,
+that of docs/models.md as well, which takes a minute or two. `tests/models/test_families.py` compares that one.
 """
 
 import ast
@@ -9,6 +10,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,6 +36,7 @@ REQUIREMENTS = [
 ]
 
 INCLUDE = re.compile(r"(<!-- include: (\S+) -->\n```(\w+)\n)(.*?)(^```$)", re.MULTILINE | re.DOTALL)
+MODEL_TABLE = re.compile(r"(<!-- models -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 CHECK_TABLE = re.compile(r"(<!-- checks -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -98,6 +101,11 @@ def renewed(page: str, folder: Path) -> str:
 def check_table() -> str:
     rows = [f"| `test_{check.name}` | {check.title} |" for check in CHECKS]
     return "\n".join(["", "| test | promise |", "| --- | --- |", *rows, "", ""])
+
+
+def model_table() -> str:
+    command = [sys.executable, str(ROOT / "examples" / "recognised_models.py")]
+    return "\n" + subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout + "\n"
 
 
 # ---- examples
@@ -271,4 +279,8 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(renewed(read(page), page.parent), encoding="utf-8")
+    if "models" in sys.argv:
+        table = model_table()
+        page = DOCS / "models.md"
+        page.write_text(MODEL_TABLE.sub(lambda found: found[1] + table + found[3], read(page)), encoding="utf-8")
     sys.exit(0)

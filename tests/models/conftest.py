@@ -53,14 +53,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return get
 
 
-def assert_answers_are_as_near_to_float64(outcome: jobs.Outcome, dtype: torch.dtype) -> None:
-    """That a fused run's logits are real ones, and no further from float64 than the unfused run's."""
+def assert_answers_are_as_near_to_float64(outcome: jobs.Outcome, dtype: torch.dtype, factor: float = 1.2) -> None:
+    """That a fused run's logits are real ones, and about as near to float64 as the unfused run's."""
     assert outcome.finite, "logits are not finite"
     assert outcome.dead_rows == 0, f"{outcome.dead_rows} tokens have logits that are all zero"
     assert outcome.magnitude > 0.5, f"the largest logit of a token is {outcome.magnitude:.2g}: an error would drown"
-    # In float32 both errors are some ulps of the logits, and 1.2 times two ulps is two: a few more may be chance.
+    # In float32 both errors are some ulps of the logits, and a factor of two ulps is two ulps: a few more may be chance.
     few_ulps = 4 * torch.finfo(dtype).eps * outcome.magnitude if dtype == torch.float32 else 0.0
-    allowed = 1.2 * outcome.unfused_error + few_ulps
+    allowed = factor * outcome.unfused_error + few_ulps
     assert outcome.fused_error <= allowed, (
         f"fused is {outcome.fused_error:.3g} off, unfused {outcome.unfused_error:.3g}"
     )

@@ -251,6 +251,28 @@ def _nothing(graph: fx.Graph) -> None:
     pass
 
 
+def survey_once(path: Path) -> Outcome:
+    """The same in bfloat16 with static shapes and no cache, from one compilation: cheap, for many models."""
+    torch._dynamo.reset()
+    setting = Setting(dynamic=False, cached=False, mode="no_grad")
+    model, outcome, own = load(path, torch.bfloat16), Outcome(), FusionPass(FusionConfig(order=("reference",)))
+    without: list[tuple[fx.GraphModule, fx.Graph]] = []
+
+    def look(graph: fx.Graph) -> None:
+        without.append((graph.owning_module, copy.deepcopy(graph)))
+        outcome.graphs.append(watched(own, graph))
+
+    compiled = torch.compile(model, backend=post_grad_only(look), fullgraph=True)
+    fused = generate(model, compiled, setting)
+    outcome.fused = reaching_the_group(lambda: generate(model, compiled, setting))
+    for module, graph in without:
+        module.graph = graph
+    unfused: list[torch.Tensor] = []
+    outcome.unfused = reaching_the_group(lambda: unfused.extend(generate(model, compiled, setting)))
+    compare(outcome, fused, unfused, exact_logits(path, torch.bfloat16, setting))
+    return outcome
+
+
 def compare(
     outcome: Outcome, fused: list[torch.Tensor], unfused: list[torch.Tensor], exact: list[torch.Tensor]
 ) -> None:

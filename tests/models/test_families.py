@@ -1,0 +1,169 @@
+"""Every family of `docs/models.md`: what is recognised at each of its all_reduces, and that its answers stay."""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples import recognised_models
+from fusion_core.workers import WorkerPool
+from tests.models.architectures import FAMILIES, LAYERS
+from tests.models.conftest import assert_answers_are_as_near_to_float64
+from tests.models.jobs import Outcome, survey_once
+
+ROOT = Path(__file__).parent.parent.parent
+
+# A site: the longest pattern that stands there, and its live outputs.
+BARE = ("all_reduce", ("reduced",))
+FIRST = ("all_reduce_rms_norm", ("normed", "reduced"))
+NORM = ("all_reduce_rms_norm", ("normed",))
+ADD = ("all_reduce_add_rms_norm", ("normed", "residual_out"))
+LAST = ("all_reduce_add_rms_norm", ("normed",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a family has.
+
+    Attributes:
+        sites: In graph order.
+        weight_bias: Of every norm.
+        refused: Indices of bare sites → the code of the reason why no norm is fused there, and words of it.
+    """
+
+    sites: tuple[tuple[str, tuple[str, ...]], ...]
+    weight_bias: float = 0.0
+    refused: Mapping[tuple[int, ...], tuple[str, str]] = dataclasses.field(default_factory=dict)
+
+
+PRE_NORM = Row((FIRST, ADD, ADD, ADD, LAST))
+POST_NORM = Row((BARE, NORM, NORM, NORM, NORM), refused={(0,): ("structure", "needs rms_norm of it")})
+LAYER_NORM = Row(5 * (BARE,), refused={(0, 1, 2, 3, 4): ("mean", "as LayerNorm takes it")})
+SCALED_EMBEDDING = {(0,): ("structure", "is followed by mul")}  # by a constant that is a tensor of the model
+TWO_SUMS = ("structure", "needs rms_norm of it")
+
+ROWS = {
+    "llama": PRE_NORM,
+    "qwen2": PRE_NORM,
+    "qwen3": PRE_NORM,
+    "mistral": PRE_NORM,
+    "phi3": PRE_NORM,
+    "mixtral": PRE_NORM,
+    "qwen3_moe": PRE_NORM,
+    "qwen2_moe": PRE_NORM,
+    # experts and the shared expert are summed over the ranks each by itself
+    "llama4": Row((FIRST, ADD, BARE, ADD, ADD, BARE, LAST), refused={(2, 5): TWO_SUMS}),
+    # the same, and attention is whole on every rank
+    "deepseek_v3": Row((FIRST, BARE, ADD, BARE, LAST), refused={(1, 3): TWO_SUMS}),
+    "gemma": Row((BARE, ADD, ADD, ADD, LAST), 1.0, SCALED_EMBEDDING),
+    "gemma2": Row((BARE, NORM, NORM, NORM, NORM), 1.0, SCALED_EMBEDDING),
+    "gemma3": Row((BARE, NORM, NORM, NORM, NORM), 1.0, SCALED_EMBEDDING),
+    "glm4": Row((FIRST, NORM, NORM, NORM, NORM)),
+    "olmo2": POST_NORM,
+    "granite": Row(5 * (BARE,), refused={(0,): ("scaled", "scaled by 12"), (1, 2, 3, 4): ("scaled", "scaled by")}),
+    "cohere": LAYER_NORM,
+    "cohere2": LAYER_NORM,
+    "phi": LAYER_NORM,
+    "gpt_neox": Row(
+        4 * (BARE,), refused={(0, 1, 2, 3): LAYER_NORM.refused[0, 1, 2, 3, 4]}
+    ),  # its plan leaves the embedding whole
+}
+
+Outcomes = Callable[[str], Outcome]
+
+
+@pytest.fixture(scope="module")
+def outcome(pool: WorkerPool, checkpoint: Callable[[str], Path]) -> Outcomes:
+    """What came of a family on rank 0; runs on first use."""
+    found: dict[str, Outcome] = {}
+
+    def get(name: str) -> Outcome:
+        if name not in found:
+            found[name] = pool.run(survey_once, checkpoint(name))[0]
+        return found[name]
+
+    return get
+
+
+def test_every_family_has_a_row():
+    assert FAMILIES.keys() == ROWS.keys()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_longest_pattern_at_each_all_reduce(outcome: Outcomes, name: str):
+    (graph,) = outcome(name).graphs
+    sites = graph.report["sites"]
+    assert tuple((site["pattern"], tuple(site["attributes"]["live"])) for site in sites) == ROWS[name].sites
+    normed = [site for site in sites if site["pattern"] != "all_reduce"]
+    assert {site["attributes"]["weight_bias"] for site in normed} <= {ROWS[name].weight_bias}
+    assert all(site["strategy"] for site in sites)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if BARE in row.sites])
+def test_why_no_longer_pattern_stands_there(outcome: Outcomes, name: str):
+    (graph,) = outcome(name).graphs
+    sites, refused = graph.report["sites"], ROWS[name].refused
+    assert sorted(index for indices in refused for index in indices) == [
+        index for index, site in enumerate(ROWS[name].sites) if site == BARE
+    ]
+    for indices, (code, words) in refused.items():
+        for index in indices:
+            reasons = [reason for decision in sites[index]["decisions"] for reason in decision["reasons"]]
+            said = [f"{reason['found']}, needs {reason['needs']}" for reason in reasons if reason["code"] == code]
+            assert any(words in each for each in said), (index, reasons)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_fusion_takes_no_answer_further_from_the_truth(outcome: Outcomes, name: str):
+    # one draw of weights and tokens a family: the ratio of two largest errors is itself a matter of chance
+    assert_answers_are_as_near_to_float64(outcome(name), torch.bfloat16, factor=1.5)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_no_collective_runs_twice(outcome: Outcomes, name: str):
+    run = outcome(name)
+    assert run.fused == run.unfused
+    assert run.fused["all_reduce"] == len(ROWS[name].sites)
+
+
+# ---- the page
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+def test_the_page_has_the_table_of_what_was_found(outcome: Outcomes, page: str):
+    reports = {name: outcome(name).graphs[0].report for name in FAMILIES}
+    assert recognised_models.table(reports) in page, "stale: run python tests/docs/test_docs.py models"
+
+
+def test_the_command_prints_what_the_page_has(page: str):
+    names = ["gemma"]
+    command = [sys.executable, str(ROOT / "examples" / "recognised_models.py"), *names]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    head, rule, *rows, _, versions = ran.stdout.splitlines()
+    assert len(rows) == len(names)
+    assert {head, rule, *rows, versions} <= {*page.splitlines()}
+
+
+def test_the_command_names_the_families_that_it_does_not_have(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        recognised_models.main(["llama", "lama"])
+    said = capsys.readouterr().err
+    assert "lama is not among the families, needs any of llama, qwen2" in said
+
+
+def test_a_family_says_why_where_it_has_bare_sums_and_only_there():
+    assert {name for name, family in FAMILIES.items() if family.why} == {n for n, r in ROWS.items() if BARE in r.sites}
+
+
+def test_layers_are_alike():
+    """The table says how many sites a layer has: as many in each."""
+    assert all(len(row.sites) % LAYERS in (0, 1) for row in ROWS.values())

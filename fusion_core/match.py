@@ -105,7 +105,7 @@ def _follow(
     )
     candidates = list(view.terms(known, step.operation.name)) if isinstance(known, fx.Node | Unheld) else []
     if not candidates:
-        yield depth, view.near_miss(known, step.operation.name) or _missing(step, known)
+        yield depth, view.near_miss(known, step.operation.name) or _missing(view, step, known)
     for term in candidates:
         if term.refusal is not None:
             yield depth, term.refusal
@@ -121,7 +121,9 @@ def _follow(
                 yield from _follow(pattern, view, [*terms, term], extended)
 
 
-def _missing(step: Step, known: Any) -> Reason:
+def _missing(view: LiftedGraph, step: Step, known: Any) -> Reason:
+    if step.operation.name == "add" and next(view.terms(known, "rms_norm"), None) is not None:
+        return Reason("structure", f"{known} is normed as it is; what is added, is added after the norm", "add of it")
     users = ", ".join(user.name for user in list(getattr(known, "users", ()))[:3]) or "nothing"
     return Reason("structure", f"{known} is followed by {users}", f"{step.operation.name} of it")
 

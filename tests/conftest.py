@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.support.device import BACKEND
+
 hypothesis.settings.register_profile(
     "ci",
     derandomize=True,  # the same examples on every run: a red build is the change's own fault
@@ -53,6 +55,6 @@ def one_rank() -> Iterator[str]:
 
     For one module at a time: others test what happens without a process group.
     """
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(BACKEND, store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield torch.distributed.group.WORLD.group_name
     torch.distributed.destroy_process_group()

@@ -28,7 +28,11 @@ _ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
 _FP8_WORDS = frozenset({"quantize_static_fp8", "quantize_token_fp8", "quantize_group_fp8"})
 _CONCERNS = {
     "add": (("broadcast",), ("part",)),
-    "rms_norm": (("mean", "reduction", "root", "eps", "scaled", "weight"), ("part", "heads", "rounded", "factor")),
+    "rms_norm": (
+        ("mean", "reduction", "root", "eps", "scaled", "weight"),
+        ("part", "heads", "rounded", "maximum"),
+        ("factor",),
+    ),
 }
 """Codes of the near misses of a word, the most telling first."""
 _NEAR = 40  # how many nodes behind a value a near miss is looked for

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
+from tests.support.device import DEVICE
+
 N = 16
 WIDE = 256  # two groups of 128
 EPS = 1e-5
@@ -53,9 +55,11 @@ class Given:
 
     def __call__(self, *, marked: bool = False) -> tuple[Tensor, ...]:
         """The same tensors on every call: a function that writes into them must not reach the next run."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
         shapes = (self.shape, self.shape, self.shape[-1:])
-        x, residual, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+        x, residual, weight = (
+            torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE) for shape in shapes
+        )
         x, residual = x.to(self.dtype), residual.to(self.residual or self.dtype)
         if marked:
             for tensor in (x, residual):

@@ -112,7 +112,7 @@ def check_tensor(got: Tensor, unfused: Tensor, oracle: Tensor, reduced: torch.dt
     """One result against the plain one and float64. The reduced sum's rounding is in every result."""
     assert (got.dtype, got.shape) == (unfused.dtype, unfused.shape)
     if got.dtype in CODES:
-        assert code_steps(got, oracle) <= 1
+        assert code_steps(got, oracle) <= max(1, 1.5 * code_steps(unfused, oracle))
         return
     if not got.dtype.is_floating_point:
         assert got.equal(unfused)

@@ -322,6 +322,11 @@ def codes(how: Quantisation, wide: Tensor, scale: Tensor) -> Tensor:
     return CLAMPS[how.clamp](SCALES[how.scaling](wide, scale), how.largest).to(how.dtype)
 
 
+def bounded(how: Quantisation, values: Tensor) -> Tensor:
+    """The FP8 codes of values that a clamp is needed for, whatever the spelling."""
+    return values.clamp(-how.largest, how.largest).to(how.dtype)
+
+
 ROOT_TURNS: Parts = {
     "mean over another dimension": lambda h, eps: torch.rsqrt(h.square().mean(0, keepdim=True) + eps),
     "mean over a half": lambda h, eps: torch.rsqrt(h[..., : HIDDEN // 2].square().mean(-1, keepdim=True) + eps),
@@ -375,13 +380,13 @@ def _e5m2(how: Quantisation, n: Tensor, s: Tensor) -> dict[str, Tensor]:
 
 
 def _per_channel(how: Quantisation, n: Tensor, s: Tensor) -> dict[str, Tensor]:
-    scale = s.expand(HIDDEN) * torch.linspace(1, 2, HIDDEN)
+    scale = s.reshape(()) * torch.linspace(1, 2, HIDDEN)
     return {"quantized": codes(how, n.float(), scale), "scale": scale}
 
 
 def _signed(how: Quantisation, n: Tensor, s: Tensor) -> dict[str, Tensor]:
     scale = n.float().amax(-1, keepdim=True).clamp(min=1.0) / how.largest
-    return {"quantized": codes(how, n.float(), scale), "scale": scale}
+    return {"quantized": bounded(how, n.float() / scale), "scale": scale}
 
 
 def _over_tokens(how: Quantisation, n: Tensor, s: Tensor) -> dict[str, Tensor]:
@@ -419,8 +424,8 @@ def _across(how: Quantisation, n: Tensor, s: Tensor) -> dict[str, Tensor]:
 
 
 def _of_squares(how: Quantisation, n: Tensor, s: Tensor) -> dict[str, Tensor]:
-    scale = n.float().square().amax(-1, keepdim=True) / how.largest
-    return {"quantized": codes(how, n.float(), scale.clamp(min=0.01)), "scale": scale}
+    scale = n.float().square().amax(-1, keepdim=True).clamp(min=1.0) / how.largest
+    return {"quantized": bounded(how, n.float() / scale), "scale": scale}
 
 
 QUANTISATION_TURNS: Parts = {

@@ -67,6 +67,8 @@ def _part(node: fx.Node, read: Read) -> Meaning | Reason | None:
         return None
     if whole.target is aten.var_mean.correction:
         return Reason("mean", f"{whole.name} is a variance about the mean, as LayerNorm takes it", "a mean of squares")
+    if whole.target in (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int):
+        return Reason("part", f"{node.name} is a part of {whole.args[0]}", "the whole")
     if whole.target is aten.max.dim and index == 0:
         return _elsewhere(whole, "maximum") or _maximum(node, whole, read)
     return None
@@ -78,7 +80,8 @@ def _maximum(node: fx.Node, reduction: fx.Node, read: Read) -> Meaning | Reason 
         return None
     atom = meaning.sole
     if not isinstance(atom, Function) or atom.name != "abs":
-        return Reason("maximum", f"{node.name} is a maximum of the values themselves", "of their magnitudes")
+        of = "the values themselves" if meaning.multiple is not None else "a function of the values"
+        return Reason("maximum", f"{node.name} is a maximum of {of}", "one of their magnitudes")
     return Meaning(frozenset({(Function("abs_max", atom.term), 1.0)}), meaning.coefficient, _keeps(reduction))
 
 

@@ -69,6 +69,6 @@ def _expand(node: fx.Node, read: Read) -> Meaning | None:
     return meaning if along and meaning.tensor is not None and len(before) <= 1 else None
 
 
-@RULES.reads(aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.narrow.default)
+@RULES.reads(aten.slice.Tensor, aten.select.int, aten.narrow.default)
 def _slice(node: fx.Node, read: Read) -> Reason:
     return Reason("part", f"{node.name} is a part of {node.args[0]}", "the whole")

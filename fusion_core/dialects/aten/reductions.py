@@ -92,7 +92,8 @@ def _elsewhere(node: fx.Node, name: str) -> Reason | None:
     last = len(shape_of(operand)) - 1
     if isinstance(dims, int):
         dims = [dims]
-    if not dims or not isinstance(dims, list | tuple):
+    all_of_them = isinstance(dims, list | tuple) and len(dims) == last + 1 > 1
+    if not dims or all_of_them or not isinstance(dims, list | tuple):
         found = f"{node.name} is a {name} over the whole tensor {operand.name}"
         return Reason("reduction", found, "one over the last dimension")
     if tuple(dims) in ((-1,), (last,)):

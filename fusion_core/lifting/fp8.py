@@ -160,7 +160,7 @@ def _quantisation(found: Reach, cast: fx.Node, meaning: Meaning, dtype: torch.dt
     if isinstance(divisor, Of):
         return _static(found, cast, divisor.node, power, quotient.coefficient, clamp)
     if power != -1.0:
-        return Reason("scale", f"{cast.name} multiplies by a function of {found.value.name}", "a division", "scale")
+        return Reason("scale", f"{found.value.name} is divided by no maximum of it", "a scale for each token", "scale")
     scale = Meaning(frozenset({(divisor, 1.0)}), 1 / quotient.coefficient)
     if isinstance(divisor, Function) and divisor.name == "spread":
         return _dynamic(found, cast, _inside(scale, divisor), clamp, _split(found, divisor.parameter))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.corpus.case import ADD, AFTER, BOTH, EPS, Case, Given, N, gemma, norm, reduce, wide_norm
+from tests.support.device import DEVICE
 
 USUAL = Given()
 
@@ -131,7 +132,7 @@ FLOAT = Given(dtype=torch.float32)
 FLOAT_WEIGHT = Given(weight=torch.float32)
 GEMMA = {"weight_bias": 1.0}
 
-with_weight = torch.nn.RMSNorm(N, EPS, dtype=torch.bfloat16)
+with_weight = torch.nn.RMSNorm(N, EPS, dtype=torch.bfloat16, device=DEVICE)
 with_weight.requires_grad_(False).weight.copy_(Given()()[2])
 without_weight = torch.nn.RMSNorm(N, EPS, elementwise_affine=False)
 captured = torch.tensor(EPS)

@@ -23,6 +23,7 @@ from tests.corpus.case import (
     reduce,
     wide_norm,
 )
+from tests.support.device import DEVICE
 
 STATIC, TOKEN, GROUP = (f"{ADD}_{kind}_fp8" for kind in ("static", "token", "group"))
 QUANTIZED, SCALE = {"quantized"}, {"scale"}
@@ -201,7 +202,7 @@ def matmul(n: Tensor) -> Tensor:
     return n @ EXPERTS
 
 
-EXPERTS = torch.eye(WIDE, 4).bfloat16()
+EXPERTS = torch.eye(WIDE, 4).bfloat16().to(DEVICE)
 UE8M0 = {"scale_format": "ue8m0", "min_scale": 1e-10}
 FLOOR = {"min_scale": 1e-12 / MAX}
 VLLM_FLOOR = 1 / (512 * MAX)

@@ -118,7 +118,8 @@ def check_tensor(got: Tensor, unfused: Tensor, oracle: Tensor, reduced: torch.dt
         assert got.equal(unfused)
         return
     coarsest = max(got.dtype, reduced, key=lambda dtype: torch.finfo(dtype).eps)
-    assert excess(got, unfused, oracle, coarsest) <= 1
+    # as one row: of a few elements alone the unfused model may have rounded well by chance
+    assert excess(*(tensor.reshape(-1) for tensor in (got, unfused, oracle)), coarsest) <= 1
 
 
 def code_steps(codes: Tensor, oracle: Tensor) -> float:

@@ -363,7 +363,7 @@ VALUE_TURNS: dict[str, Parts] = {
     "reduced": {"all_reduce(max)": lambda a: a, "activation before": lambda a: torch.relu(a)},
     "hidden": {
         "tanh before the norm": torch.tanh,
-        "half of it": lambda h: h * (torch.arange(HIDDEN, device=h.device) < HIDDEN // 2),
+        "twice its half": lambda h: h * (1 + (torch.arange(HIDDEN, device=h.device) < HIDDEN // 2).to(h.dtype)),
         "rolled": lambda h: h.roll(1, -1),
         "clipped": lambda h: h.clamp(-1, 1),
     },

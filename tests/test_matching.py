@@ -10,7 +10,6 @@ from torch.distributed import _functional_collectives as funcol
 from fusion_core import FusionConfig, SiteReport, Stage, Strategy
 from fusion_core.patterns import CORE_PATTERNS
 from tests.corpus.case import ADD, N, gemma, norm, reduce
-from tests.corpus.case import EPS as EPS  # the dialects' tests take it from here
 from tests.support.graphs import fuse, plugin, registry
 
 pytestmark = pytest.mark.usefixtures("one_rank")

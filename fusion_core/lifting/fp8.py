@@ -142,6 +142,9 @@ def _quantisation(found: Reach, cast: fx.Node, meaning: Meaning, dtype: torch.dt
     if bound is None:
         return Reason("clamp", f"{cast.name} is bounded unequally above and below (clamp)", "one bound for both")
     clamp = min(bound, torch.finfo(dtype).max)
+    if quotient.coefficient <= 0:
+        found_sign = f"{cast.name} casts {quotient.coefficient:g} times the quotient"
+        return Reason("scale", found_sign, "the quotient as it is", "scale")
     if isinstance(atom := quotient.sole, Plus):
         return Reason("scale", f"{atom.constant:g} is added before {cast.name}, a zero point", "none", "scale")
     bases = [node for atom, power in quotient.factors if (node := _base(atom, power, found)) is not None]

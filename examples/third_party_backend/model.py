@@ -44,4 +44,5 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         print(fusion_core.last_report())
         print(f"\nlargest difference to the model without fusion: {difference:.1e}")
+    dist.barrier()  # a gloo thread still busy with the last all_reduce would crash in an interpreter that is ending
     dist.destroy_process_group()

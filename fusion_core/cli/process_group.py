@@ -42,4 +42,7 @@ def process_group() -> Iterator[int]:
         failed = False
     finally:
         if dist.is_initialized() and not (failed and names):  # after an error other ranks may hang in a collective
+            # A compiled model keeps its group, so destroying it ends none of gloo's threads; one that still drops the
+            # last collective's tensors calls std::terminate when the interpreter is ending.
+            dist.barrier()
             dist.destroy_process_group()

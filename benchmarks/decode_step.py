@@ -1,0 +1,426 @@
+"""One decode step of a tensor-parallel Hugging Face Llama, compiled with and without fusion_core.
+
+    torchrun --nproc-per-node 2 benchmarks/decode_step.py --json benchmarks/results/decode_step_h200x2.json
+
+The model has Llama-3-70B's layer shapes, random weights, `tp_plan="auto"` and a `StaticCache` whose position advances
+with every step. Both sides are the same `torch.compile(..., mode="reduce-overhead", fullgraph=True, dynamic=False)` of
+the same model over the same cache; one has `backend="fusion_core"`. Rounds of plain and of fused steps take turns, the
+time of a step lies between two device events, and the slower rank counts. The record is written after every batch
+size, and none is begun that --budget has no time for. `--tiny` tries the program on two CPU processes.
+
+With --profile, rank 0 lists the kernels of one step of each. Exits with 1 where the fused step runs another number of
+reductions than the plain one: each fused site has one collective, and its own all_reduce is gone.
+"""
+
+import argparse
+import datetime
+import faulthandler
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import launch_environment  # noqa: F401  before torch
+import tables
+import torch
+import torch.distributed as dist
+from torch.autograd import DeviceType
+
+SHAPES = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
+CACHE, START = 512, 16  # positions of the cache, and the one at which every round begins
+BEGAN = time.monotonic()
+
+
+def say(*words):
+    if dist.get_rank() == 0:
+        print(f"[{time.monotonic() - BEGAN:6.1f} s]", *words, flush=True)
+
+
+def make_model(options):
+    """Random weights on every rank, without a checkpoint: `from_pretrained` is given zeros that take no memory."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **(TINY if options.tiny else SHAPES),
+        num_hidden_layers=options.layers,
+        vocab_size=options.vocab,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
+    zeros = {name: torch.zeros((), dtype=torch.bfloat16).expand(meta.shape) for name, meta in shapes.items()}
+    with warnings.catch_warnings():
+        # transformers 5.23 has a new spelling for it; this is the one that all of 5.x takes
+        warnings.filterwarnings("ignore", "Passing `tp_plan` directly", FutureWarning)
+        model = LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=zeros, tp_plan="auto", dtype=torch.bfloat16
+        ).eval()
+    fill(model)
+    return model
+
+
+@torch.no_grad()
+def fill(model):
+    """Weights of N(0, 0.02): a shard from a seed of the rank's own, what every rank has whole from a common one."""
+    own, common = (torch.Generator(device()).manual_seed(seed) for seed in (1 + dist.get_rank(), 0))
+    for name, parameter in model.named_parameters():
+        sharded = hasattr(parameter, "to_local")
+        shard = parameter.to_local() if sharded else parameter.data
+        if shard.device != device():
+            raise SystemExit(f"{name} was loaded to {shard.device}, needs {device()}")
+        if not shard.is_contiguous():  # still the zeros that share one element
+            if sharded:
+                raise SystemExit(f"the shard of {name} has strides {shard.stride()}, needs contiguous memory")
+            parameter.data = shard = torch.empty(shard.shape, dtype=shard.dtype, device=device())
+        if shard.dim() == 1:
+            shard.fill_(1.0)  # norms
+        else:
+            shard.normal_(0.0, 0.02, generator=own if sharded else common)
+    if not any(hasattr(parameter, "to_local") for parameter in model.parameters()):
+        raise SystemExit("no parameter is sharded: this transformers does not split by DTensors, which --tiny shows")
+
+
+def device():
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+class Steps:
+    """Decode steps of one compiled function over a cache that is shared with another one."""
+
+    def __init__(self, compiled, ids, cache):
+        self.compiled, self.ids, self.cache = compiled, ids, cache
+
+    def rewind(self):
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(START)
+
+    def step(self):
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.compiled(self.ids, self.cache)
+
+    def logits(self):
+        self.rewind()
+        return self.step()[:, -1].float().clone()
+
+    def times(self, count):
+        """Microseconds of each step, after the first few."""
+        self.rewind()
+        warm = 3
+        synchronise()
+        dist.barrier()
+        if self.ids.is_cuda:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+            for _ in range(warm):
+                self.step()
+            events[0].record()
+            for event in events[1:]:
+                self.step()
+                event.record()
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) * 1000 for a, b in itertools.pairwise(events)]
+        for _ in range(warm):
+            self.step()
+        clock = [time.perf_counter()]
+        for _ in range(count):
+            self.step()
+            clock.append(time.perf_counter())
+        return [(b - a) * 1e6 for a, b in itertools.pairwise(clock)]
+
+
+def synchronise():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def slower(value):
+    """The largest of all ranks."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def compiled_steps(model, ids, cache):
+    """Two functions with code of their own, so that each has its own entry in Dynamo's cache."""
+
+    def plain_step(ids, cache):
+        return model(ids, past_key_values=cache, use_cache=True).logits
+
+    def fused_step(ids, cache):
+        return model(ids, past_key_values=cache, use_cache=True).logits
+
+    same = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
+    return {
+        "plain": Steps(torch.compile(plain_step, **same), ids, cache),
+        "fused": Steps(torch.compile(fused_step, backend="fusion_core", **same), ids, cache),
+    }
+
+
+def make_cache(model, batch):
+    from transformers import StaticCache
+
+    config = model.config
+    heads = config.num_key_value_heads // dist.get_world_size()
+    cache = StaticCache(config=config, max_cache_len=CACHE)
+    cache.early_initialization(batch, heads, config.head_dim, torch.bfloat16, device())
+    return cache
+
+
+def difference(plain, fused):
+    """How far apart the logits of the same step are: both round, in another order, so that neither is the truth."""
+    return {
+        "largest_over_largest_logit": float((plain - fused).abs().max() / plain.abs().max()),
+        "same_token": float((plain.argmax(-1) == fused.argmax(-1)).float().mean()),
+        "largest_logit": float(plain.abs().max()),
+        "finite": bool(plain.isfinite().all() and fused.isfinite().all()),
+    }
+
+
+def measure(model, batch, options):
+    from torch._dynamo.utils import counters
+
+    import fusion_core
+
+    torch._dynamo.reset()
+    counters.clear()
+    ids = torch.randint(0, options.vocab, (batch, 1), generator=torch.Generator().manual_seed(batch))
+    sides = compiled_steps(model, ids.to(device()), make_cache(model, batch))
+    seconds = {}
+    for name, side in sides.items():
+        before = time.monotonic()
+        for _ in range(3):  # compile, warm up, record the CUDA graph
+            side.rewind()
+            side.step()
+        synchronise()
+        seconds[name] = time.monotonic() - before
+        say(f"batch {batch}: {name} compiled in {seconds[name]:.1f} s")
+    report = fusion_core.last_report()
+    if report is None:
+        raise SystemExit("fusion_core made no report: its pass did not run")
+    logits = {name: side.logits() for name, side in sides.items()}
+    rounds = {name: [] for name in sides}
+    for turn in range(options.rounds):
+        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:  # neither always runs on the warmer chip
+            rounds[name].append(sides[name].times(options.steps))
+    # the slower rank's figure, round by round
+    medians = {name: [slower(statistics.median(times)) for times in rounds[name]] for name in sides}
+    row = {
+        "batch": batch,
+        **{f"{name}_us": round(statistics.median(medians[name]), 1) for name in sides},
+        "gain": round(statistics.median(medians["plain"]) / statistics.median(medians["fused"]), 4),
+        # of neighbours in time, so that drift of the machine falls out
+        "gain_by_round": [round(a / b, 4) for a, b in zip(medians["plain"], medians["fused"], strict=True)],
+        **{f"{name}_rounds_us": [round(m, 1) for m in medians[name]] for name in sides},
+        **{f"{name}_quartiles_us": quartiles(rounds[name]) for name in sides},
+        "sites": len(report.sites),
+        "fused_sites": len(report.fused),
+        "strategies": dict(Counter(f"{site.pattern}: {site.strategy}" for site in report.sites)),
+        "logits": difference(logits["plain"], logits["fused"]),
+        "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
+        "compile_s": {name: round(s, 1) for name, s in seconds.items()},
+    }
+    say(f"batch {batch}: plain {row['plain_us']} µs, fused {row['fused_us']} µs, gain {row['gain']}")
+    if row["cudagraph_skips"]:
+        say(
+            f"batch {batch}: CUDA graphs were skipped {row['cudagraph_skips']} times: the times are not those of graphs"
+        )
+    if options.profile:
+        row["kernels"] = {name: kernels(side) for name, side in sides.items()}
+        row["reductions"] = {name: reductions(row["kernels"][name]) for name in sides}
+    return row
+
+
+def quartiles(rounds):
+    """Of all steps of this rank."""
+    return [round(q, 1) for q in statistics.quantiles([t for times in rounds for t in times], n=4)]
+
+
+def kernels(side):
+    """``[name, count, microseconds]`` of one step, the longest first; every rank steps, rank 0 alone looks."""
+    side.rewind()
+    side.step()
+    synchronise()
+    dist.barrier()
+    if dist.get_rank() != 0:
+        side.step()
+        synchronise()
+        dist.barrier()
+        return []
+    kind = "CUDA" if side.ids.is_cuda else "CPU"
+    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
+        side.step()
+        synchronise()
+    dist.barrier()
+    found = [
+        [event.key, event.count, round(event.self_device_time_total if kind == "CUDA" else event.cpu_time_total, 1)]
+        for event in profile.key_averages()
+        if (event.device_type == DeviceType.CUDA if kind == "CUDA" else event.key.startswith("gloo:"))
+    ]
+    return sorted(found, key=lambda row: -row[2])
+
+
+def reductions(table):
+    """How many collectives that sum, by whose they are."""
+    counts = Counter()
+    for name, count, _ in table:
+        if "allreduce_fusion" in name:
+            counts["flashinfer"] += count
+        elif ("nccl" in name.lower() and "allreduce" in name.lower()) or name == "gloo:all_reduce":
+            counts["nccl"] += count
+    return dict(counts)
+
+
+def check_reductions(rows):
+    """What is wrong with the numbers of collectives, as text."""
+    for row in rows:
+        if "reductions" not in row:
+            continue
+        plain, fused = (Counter(row["reductions"][name]) for name in ("plain", "fused"))
+        where = f"batch {row['batch']}"
+        by_flashinfer = any("flashinfer." in name for name in row["strategies"])
+        if plain["nccl"] != row["sites"]:
+            yield f"{where}: the plain step runs {plain['nccl']} all_reduces, needs {row['sites']}, one a site"
+        if fused.total() != row["sites"]:
+            yield f"{where}: the fused step runs {fused.total()} reductions, needs {row['sites']}, one a site"
+        if fused["flashinfer"] and fused["flashinfer"] != row["fused_sites"]:
+            yield f"{where}: {fused['flashinfer']} fused kernels run, needs {row['fused_sites']}, one a site"
+        if by_flashinfer and not fused["flashinfer"]:
+            yield f"{where}: FlashInfer was chosen and none of its kernels runs (its unfused branch, at this size?)"
+
+
+def profile_text(record):
+    """The kernels of a step as Markdown."""
+    lines = [f"# Kernels of one decode step\n\n{record['machine']}, `{record['command']}`\n"]
+    for row in record["rows"]:
+        for name, table in row.get("kernels", {}).items():
+            total = sum(time for _, _, time in table)
+            lines.append(f"\n## batch {row['batch']}, {name}: {sum(n for _, n, _ in table)} kernels, {total:.0f} µs\n")
+            lines.append(f"Reductions: {row['reductions'][name]}\n\n| kernel | count | µs |\n|---|--:|--:|")
+            lines += [f"| `{kernel[:120].replace('|', '/')}` | {count} | {time} |" for kernel, count, time in table]
+    return "\n".join(lines) + "\n"
+
+
+def enough_time(longest, options):
+    """Whether another batch size fits, as rank 0 sees it."""
+    spent = time.monotonic() - BEGAN
+    answer = torch.tensor(int(spent + longest < options.budget), device=device())
+    dist.broadcast(answer, 0)
+    return bool(answer.item())
+
+
+def run(options):
+    import transformers
+
+    import fusion_core  # noqa: F401  before a first compilation, whose time is printed
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
+    say(f"loading {options.layers} layers on {dist.get_world_size()} ranks")
+    model = make_model(options)
+    synchronise()
+    say("loaded")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.processor()})"
+    record = {
+        "command": f"torchrun --nproc-per-node {dist.get_world_size()} {' '.join(sys.argv)}",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{dist.get_world_size()} x {gpu}",
+        "ranks": dist.get_world_size(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "layers": options.layers,
+        "vocab": options.vocab,
+        "shapes": TINY if options.tiny else SHAPES,
+        "steps": options.steps,
+        "rounds": options.rounds,
+        "left_out": [],
+        "rows": [],
+    }
+    longest = 0.0
+    with torch.no_grad():
+        for batch in options.batches:
+            if not enough_time(longest, options):
+                record["left_out"].append(batch)
+                say(f"batch {batch}: left out, --budget {options.budget} is nearly used up")
+                write(record, options)
+                continue
+            before = time.monotonic()
+            record["rows"].append(measure(model, batch, options))
+            longest = max(longest, time.monotonic() - before)
+            write(record, options)
+    failures = []
+    if dist.get_rank() == 0:
+        if options.profile:
+            options.profile.parent.mkdir(parents=True, exist_ok=True)
+            options.profile.write_text(profile_text(record))
+        print(tables.decode_step(record))
+        failures = list(check_reductions(record["rows"]))
+        for failure in failures:
+            print("FAILED", failure)
+    return 1 if failures else 0
+
+
+def write(record, options):
+    if dist.get_rank() == 0 and options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128, 256])
+    parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--steps", type=int, default=60, help="of a round")
+    parser.add_argument("--rounds", type=int, default=7, help="each of plain and of fused steps, by turns")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", type=Path, help="a Markdown file for the kernels of a step")
+    parser.add_argument("--budget", type=float, default=480, help="seconds")
+    parser.add_argument("--tiny", action="store_true", help="small shapes; for two CPU processes")
+    options = parser.parse_args()
+    if options.tiny:
+        options.vocab = min(options.vocab, 512)
+    if START + options.steps + 3 > CACHE:
+        parser.error(f"--steps is {options.steps}, needs at most {CACHE - START - 3}")
+    faulthandler.dump_traceback_later(options.budget + 60, exit=True)  # a hang must not hold the machines
+    if torch.cuda.is_available():
+        rank = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(rank)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+    elif options.tiny:
+        dist.init_process_group("gloo")
+    else:
+        print("found no GPU; --tiny tries the program on CPUs", file=sys.stderr)
+        sys.exit(2)
+    code = torch.tensor(run(options), device=device())
+    dist.broadcast(code, 0)
+    dist.barrier()
+    synchronise()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(code))  # destroy_process_group hangs while CUDA graphs hold NCCL work
+
+
+if __name__ == "__main__":
+    main()

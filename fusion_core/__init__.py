@@ -31,6 +31,7 @@ from fusion_core.requirements import (
     SizeBetween,
     WorldSize,
 )
+from fusion_core.run_time import Status, fell_back
 from fusion_core.site import Device, Site, TensorMeta
 from fusion_core.strategy import Strategy
 
@@ -79,11 +80,13 @@ __all__ = [
     "SiteReport",
     "SizeBetween",
     "Stage",
+    "Status",
     "Strategy",
     "TensorMeta",
     "WorldSize",
     "compile",
     "explain",
+    "fell_back",
     "hookimpl",
     "last_report",
     "ops",

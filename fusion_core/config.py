@@ -11,6 +11,8 @@ from fusion_core.errors import ConfigError
 
 NUMERICS = ("default", "deterministic")
 PREFIX = "FUSION_CORE_"
+SETTINGS = ("max_tokens",)
+"""Fields of a config that a strategy's ``impl`` may take by name."""
 
 T = TypeVar("T")
 
@@ -19,6 +21,13 @@ def _order(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
     if names == ("none",):
         return ()
+    if not all(names):
+        raise ValueError(text)
+    return names
+
+
+def _options(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
     if not all(names):
         raise ValueError(text)
     return names
@@ -54,6 +63,7 @@ _ENVIRONMENT: dict[str, tuple[Callable[[str], Any], str]] = {
     "numerics": (_numerics, f"one of {', '.join(NUMERICS)}"),
     "limit": (_count, "a whole number, 0 or more"),
     "max_tokens": (_positive, "a whole number, 1 or more"),
+    "options": (_options, "options of backends separated by commas, each as <backend>.<option>"),
 }
 
 
@@ -89,6 +99,8 @@ class FusionConfig:
             ``FUSION_CORE_LIMIT=3``.
         max_tokens: Capacity of backends' workspaces in tokens; None to ask the backend.
             ``FUSION_CORE_MAX_TOKENS=2048``.
+        options: Options of backends that are switched on, each as ``"<backend>.<option>"``; see `Strategy.option`.
+            ``FUSION_CORE_OPTIONS=acme.fast,acme.overlap``.
 
     Raises:
         ConfigError: for a value of the wrong type or outside its range, in an argument or in the environment.
@@ -107,14 +119,15 @@ class FusionConfig:
     numerics: str = _default("numerics", "default")
     limit: int | None = _default("limit", None)
     max_tokens: int | None = _default("max_tokens", None)
+    options: tuple[str, ...] = _default("options", ())
 
     def __post_init__(self) -> None:
         if isinstance(self.order, str) or not (self.order is None or _all(self.order, str)):
             raise ConfigError(f"order is {self.order!r}, needs a tuple of backend names, or None")
         if self.order is not None:
             object.__setattr__(self, "order", tuple(self.order))
-            if twice := sorted({name for name in self.order if self.order.count(name) > 1}):
-                raise ConfigError(f"order names {', '.join(twice)} twice, needs each backend once")
+            if twice := _twice(self.order):
+                raise ConfigError(f"order names {twice} twice, needs each backend once")
         if not isinstance(self.strict, bool):
             raise ConfigError(f"strict is {self.strict!r}, needs True or False")
         if self.numerics not in NUMERICS:
@@ -123,6 +136,11 @@ class FusionConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"{name} is {value!r}, needs a whole number of at least {least}, or None")
+        if not _all(self.options, str):
+            raise ConfigError(f"options is {self.options!r}, needs a tuple of names, each as '<backend>.<option>'")
+        object.__setattr__(self, "options", tuple(self.options))
+        if twice := _twice(self.options):
+            raise ConfigError(f"options names {twice} twice, needs each option once")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""
@@ -132,6 +150,10 @@ class FusionConfig:
 
 def _all(values: Any, kind: type) -> bool:
     return isinstance(values, tuple | list) and all(isinstance(value, kind) for value in values)
+
+
+def _twice(names: tuple[str, ...]) -> str:
+    return ", ".join(sorted({name for name in names if names.count(name) > 1}))
 
 
 def check_environment() -> None:

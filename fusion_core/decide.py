@@ -91,6 +91,8 @@ def weigh(
         return Stage.REQUIRES, reasons
     if reasons := strategy.should_not(site):
         return Stage.WORTHWHILE, reasons
+    if reasons := strategy.switched_off(registry.config):
+        return Stage.OPTION, reasons
     return Stage.CHOSEN, ()
 
 

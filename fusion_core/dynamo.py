@@ -84,7 +84,8 @@ def compile(model: Callable[..., Any], config: FusionConfig | None = None, **tor
 
     Raises:
         TypeError: for ``backend=``.
-        BackendError: where ``config.order`` names a backend that does not load, or ``config.strict`` and any does not.
+        BackendError: where ``config.order`` names a backend that does not load, ``config.options`` an option that no
+            backend has, or ``config.strict`` and a backend does not load.
     """
     if "backend" in torch_compile_kwargs:
         raise TypeError(

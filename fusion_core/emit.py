@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from fusion_core.config import FusionConfig
 from fusion_core.decide import Candidate
 from fusion_core.dialects.c10d_functional import COALESCED
 from fusion_core.lifting.meaning import same_shape, same_size, shape_of
@@ -49,10 +50,13 @@ class Plan:
 class Emitter:
     """Puts strategies into one graph. Keeps what it traced: the sites of a model's layers are mostly alike."""
 
-    def __init__(self, graph: fx.Graph, view: LiftedGraph, decompositions: Decompositions) -> None:
+    def __init__(
+        self, graph: fx.Graph, view: LiftedGraph, decompositions: Decompositions, config: FusionConfig
+    ) -> None:
         self.graph = graph
         self.view = view
         self.decompositions = decompositions
+        self.config = config
         self._traced: dict[object, fx.GraphModule] = {}
         self._taken: dict[fx.Node, str] = {}
         self._replaced: dict[fx.Node, fx.Node] = {}
@@ -194,7 +198,7 @@ class Emitter:
         metas = tuple((name, str(TensorMeta.of(fake)), str(fake.stride()), fake.device) for name, fake in fakes.items())
         key = (strategy.name, metas, tuple(scalars(found).items()), tuple(found.outputs))
         if key not in self._traced:
-            self._traced[key] = trace(strategy, found, fakes, self.decompositions)
+            self._traced[key] = trace(strategy, found, fakes, self.decompositions, self.config)
         return self._traced[key]
 
 

@@ -38,7 +38,8 @@ class FusionPass(CustomGraphPass):
         dry_run: Decide and report, and leave every graph as it is.
 
     Raises:
-        BackendError: where ``config.order`` names a backend that does not load, or ``config.strict`` and any does not.
+        BackendError: where ``config.order`` names a backend that does not load, ``config.options`` an option that no
+            backend has, or ``config.strict`` and a backend does not load.
         ConfigError: where an environment variable ``FUSION_CORE_*`` cannot be used.
     """
 
@@ -67,7 +68,7 @@ class FusionPass(CustomGraphPass):
             if self.config.strict:
                 raise BackendError(problem)
             warnings.warn(f"fusion_core: {problem}", RuntimeWarning, stacklevel=2)
-        emitter = Emitter(graph, view, decompositions())
+        emitter = Emitter(graph, view, decompositions(), self.config)
         verdicts = [(anchor, judge(view, anchor, term, self.registry)) for anchor, term in view.anchors]
         left = len(verdicts) if self.config.limit is None else self.config.limit
         sites = []

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fusion_core.patterns.definition import Pattern
     from fusion_core.reason import Reason
     from fusion_core.report import Report
+    from fusion_core.run_time import Status
     from fusion_core.site import Device
     from fusion_core.strategy import Strategy
 
@@ -43,3 +44,8 @@ def fusion_dialects() -> Iterable[Dialect]:  # type: ignore[empty-body]
 @hookspec
 def fusion_report(report: Report) -> None:
     """Called once per compiled graph, after the pass has run."""
+
+
+@hookspec
+def fusion_status(device: Device) -> Iterable[Status]:  # type: ignore[empty-body]
+    """What this backend holds in this process. Called when a person asks: ``fusion-core backends``."""

@@ -57,6 +57,14 @@ def call(plugin: Any, hook: str, **arguments: Any) -> Iterator[Any] | tuple[Any,
     return () if answer is None else tuple(answer)
 
 
+def typed(plugin: Any, hook: str, kind: type, **arguments: Any) -> Iterator[Any]:
+    """The same, where it must be objects of one kind."""
+    for item in call(plugin, hook, **arguments):
+        if not isinstance(item, kind):
+            raise BackendError(f"{hook} gave {item!r}, needs {kind.__name__} objects")
+        yield item
+
+
 def load_all(points: list[EntryPoint]) -> tuple[dict[str, Backend], list[LoadFailure]]:
     """The backends behind these entry points by name, whole and checked, and why each other one is not used."""
     loaded: dict[str, Backend] = {}
@@ -123,9 +131,9 @@ def _load(name: str, candidates: list[EntryPoint]) -> Backend:
     return Backend(
         name,
         plugin,
-        tuple(_typed(plugin, "fusion_strategies", Strategy)),
-        tuple(_typed(plugin, "fusion_patterns", Pattern)),
-        tuple(_typed(plugin, "fusion_dialects", Dialect)),
+        tuple(typed(plugin, "fusion_strategies", Strategy)),
+        tuple(typed(plugin, "fusion_patterns", Pattern)),
+        tuple(typed(plugin, "fusion_dialects", Dialect)),
         _distribution(point),
     )
 
@@ -142,13 +150,6 @@ def _canonical(name: str) -> str:
 
 def _owner(point: EntryPoint) -> str:
     return f"{point.value} ({_distribution(point) or 'unknown distribution'})"
-
-
-def _typed(plugin: Any, hook: str, kind: type) -> Iterator[Any]:
-    for item in call(plugin, hook):
-        if not isinstance(item, kind):
-            raise BackendError(f"{hook} gave {item!r}, needs {kind.__name__} objects")
-        yield item
 
 
 def _distribution(point: EntryPoint) -> str:

@@ -47,11 +47,14 @@ def eager(pattern: Pattern) -> Callable[..., Any]:
             names = pattern.outputs
         else:
             _check(pattern, bound)
+            config = FusionConfig() if config is None else config
             strategy = _choose(pattern, bound, name, wanted, config)
             accepted = strategy.accepts(pattern)
             scalars = {key: value for key, value in bound.items() if key in pattern.scalars and key in accepted}
             tensors = {key: bound[key] for key in pattern.tensors}
-            given = strategy.impl(**tensors, **scalars, **({GROUP: name} if GROUP in accepted else {}))
+            if GROUP in accepted:
+                scalars[GROUP] = name
+            given = strategy.impl(**tensors, **scalars, **strategy.settings(pattern, config))
             names = strategy.outputs or pattern.outputs
         results = dict(zip(names, given if isinstance(given, tuple | list) else (given,), strict=True))
         return results[wanted[0]] if len(wanted) == 1 else tuple(results[each] for each in wanted)
@@ -90,10 +93,9 @@ def _check(pattern: Pattern, bound: dict[str, Any]) -> None:
 
 
 def _choose(
-    pattern: Pattern, bound: dict[str, Any], group: str, wanted: tuple[str, ...], config: FusionConfig | None
+    pattern: Pattern, bound: dict[str, Any], group: str, wanted: tuple[str, ...], config: FusionConfig
 ) -> Strategy:
     """The best usable strategy for these tensors; decided once for tensors of one form."""
-    config = FusionConfig() if config is None else config
     tensors = [(name, TensorMeta.of(bound[name])) for name in pattern.tensors if bound[name] is not None]
     scalars = [(name, bound[name]) for name in pattern.scalars]
     # the size beside the name: a group that was destroyed leaves its name to the next one

@@ -50,9 +50,11 @@ class Stage(IntEnum):
     """The pattern stands here, but the strategy cannot run it correctly."""
     WORTHWHILE = 4
     """It can run here, but is not known to be faster."""
-    REPLACEMENT = 5
+    OPTION = 5
+    """It can and should run here, and the user has not switched it on."""
+    REPLACEMENT = 6
     """It was chosen, and could not be put into the graph."""
-    OUTRANKED = 6
+    OUTRANKED = 7
     """It can and should run here; another one comes first."""
-    CHOSEN = 7
+    CHOSEN = 8
     """It runs here."""

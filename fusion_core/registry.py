@@ -13,10 +13,11 @@ from fusion_core.config import FusionConfig, check_environment
 from fusion_core.dialects import CORE_DIALECTS
 from fusion_core.errors import BackendError
 from fusion_core.lifting.dialect import Dialect
-from fusion_core.loading import Backend, LoadFailure, call, load_all
+from fusion_core.loading import Backend, LoadFailure, call, load_all, typed
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import Pattern
 from fusion_core.reason import Reason
+from fusion_core.run_time import Status
 from fusion_core.site import Device
 from fusion_core.strategy import Strategy
 
@@ -51,8 +52,8 @@ class Registry:
         Imports the plugins, and none of the kernel libraries behind them.
 
         Raises:
-            BackendError: where a backend named in ``config.order`` is unknown or fails to load, and under
-                ``config.strict`` where any does.
+            BackendError: where a backend named in ``config.order`` is unknown or fails to load, where no backend has
+                an option named in ``config.options``, and under ``config.strict`` where any backend fails to load.
             ConfigError: where the environment holds a value or a name that cannot be used.
         """
         check_environment()
@@ -68,6 +69,7 @@ class Registry:
             if config.order is None or failure.backend in config.order:
                 warnings.warn(f"fusion_core: {failure}", RuntimeWarning, stacklevel=3)
         tiers = _tiers(config, loaded, failures)
+        _check_options(config, loaded, failures)
         names = [name for tier in tiers for name in tier]
         patterns = {pattern.name: pattern for pattern in CORE_PATTERNS}
         patterns |= {pattern.name: pattern for name in sorted(loaded) for pattern in loaded[name].patterns}
@@ -93,6 +95,17 @@ class Registry:
             self._available[key] = reasons
         return self._available[key]
 
+    def status(self, backend: str, device: Device) -> tuple[Status, ...]:
+        """What a backend holds in this process.
+
+        Raises:
+            BackendError: where its hook raises, or gives anything but `Status` objects.
+        """
+        try:
+            return tuple(typed(self.backends[backend].plugin, "fusion_status", Status, device=device))
+        except Exception as error:
+            raise BackendError(f"fusion_status of {backend!r} raised {type(error).__name__}: {error}") from error
+
     def notify(self, report: Any) -> None:
         """Hand a report to every plugin that asked for it; one that raises is named in a warning."""
         for backend in self.backends.values():
@@ -106,6 +119,18 @@ class Registry:
                     RuntimeWarning,
                     stacklevel=2,
                 )
+
+
+def _check_options(config: FusionConfig, loaded: dict[str, Backend], failures: list[LoadFailure]) -> None:
+    """Raise where no strategy has an option: a misspelt one is not silent."""
+    known = {strategy.switch for backend in loaded.values() for strategy in backend.strategies} - {None}
+    failed = {failure.backend for failure in failures} - loaded.keys()  # said already; what it has, nobody knows
+    for option in config.options:
+        if option not in known and option.partition(".")[0] not in failed:
+            listed = ", ".join(sorted(filter(None, known))) or "none"
+            raise BackendError(
+                f"options names {option!r}, which no strategy of a backend that loads has; the options are: {listed}"
+            )
 
 
 def _tiers(

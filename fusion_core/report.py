@@ -13,6 +13,7 @@ import torch
 
 from fusion_core.decide import Decision
 from fusion_core.reason import Reason, Stage
+from fusion_core.run_time import fallen_back
 from fusion_core.site import Site, dtype_name
 
 SCHEMA = 1
@@ -38,6 +39,11 @@ class SiteReport:
     node: str
     attributes: Mapping[str, Any]
     decisions: tuple[Decision, ...]
+
+    @property
+    def run_time(self) -> tuple[Reason, ...]:
+        """Why its strategy runs unfused in this process all the same; looked up anew each time, as calls come later."""
+        return () if self.strategy is None else fallen_back(self.strategy, self.attributes.get("group", ""))
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Report:
         return text(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types; `from_dict` takes it back."""
+        """The report as plain JSON types; `from_dict` takes back all but ``run_time``, which is a process's own."""
         return {
             "schema": SCHEMA,
             "origin": self.origin,
@@ -103,6 +109,7 @@ class Report:
                         }
                         for decision in site.decisions
                     ],
+                    "run_time": [reason.to_dict() for reason in site.run_time],
                 }
                 for site in self.sites
             ],

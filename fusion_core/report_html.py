@@ -42,6 +42,9 @@ def page(report: Report) -> str:
 
 def _site(site: SiteReport) -> str:
     state, chosen = ("fused", site.strategy) if site.strategy else ("unfused", "not fused")
+    if site.run_time:
+        state, chosen = "unfused", f"{site.strategy} runs unfused"
+    at_run_time = "".join(f"<p>at run time: {escape(str(reason))}</p>" for reason in site.run_time)
     rows = "\n".join(
         f"<tr><td><code>{escape(d.strategy or '')}</code></td><td>{escape(d.pattern)}</td>"
         f"<td>{d.stage.name.lower()}</td><td>{escape('; '.join(map(str, d.reasons)))}</td></tr>"
@@ -51,7 +54,7 @@ def _site(site: SiteReport) -> str:
     return (
         f'<details><summary><code>{escape(site.node)}</code> {escape(site.pattern)} <b class="{state}">'
         f'{escape(str(chosen))}</b> <span class="quiet">{escape(facts(site.attributes))}</span></summary>'
-        f"<table><tr><th>strategy</th><th>pattern</th><th>stage</th><th>why</th></tr>{rows}</table></details>"
+        f"{at_run_time}<table><tr><th>strategy</th><th>pattern</th><th>stage</th><th>why</th></tr>{rows}</table></details>"
     )
 
 

@@ -1,8 +1,8 @@
-"""A report as text: a line a site, then what was refused and why, then what cannot be used here."""
+"""A report as text: a line a site, then what came of it at run time, what was refused and why, what is not usable."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from fusion_core.decide import Decision
@@ -15,7 +15,7 @@ _ORIGINS = {
     "explained": "dry run: nothing was changed; ",
     "cache": "from the compile cache, as recorded when it was compiled at {compiled_at}; ",
 }
-_REFUSED = (Stage.REQUIRES, Stage.WORTHWHILE, Stage.REPLACEMENT, Stage.OUTRANKED)
+_REFUSED = (Stage.REQUIRES, Stage.WORTHWHILE, Stage.OPTION, Stage.REPLACEMENT, Stage.OUTRANKED)
 _FLAGS = {"weight_bias": 0.0}
 """Attributes that are shown only where they differ from this, or from None and False."""
 _UNSAID = ("inputs", "live", "group", "world_size", "weight_after_cast")
@@ -53,10 +53,11 @@ def _lines(report: Report) -> Iterator[str]:
     if report.sites:
         yield ""
         yield from _table([_site_row(site, not _ranks(report)) for site in report.sites])
-    if refused := list(_refusals(report.sites)):
-        yield ""
-        yield "refused:"
-        yield from refused
+    for title, said in (("at run time:", _at_run_time), ("refused:", _worth_saying)):
+        if lines := list(_grouped(report.sites, said)):
+            yield ""
+            yield title
+            yield from lines
     not_usable = [f"  {name}: {'; '.join(map(str, reasons))}" for name, reasons in report.unavailable.items()]
     if not_usable or report.failures:
         yield ""
@@ -100,18 +101,24 @@ def _value(value: Any) -> str:
     return dtype_name(value) if type(value).__name__ == "dtype" else str(value)
 
 
-def _refusals(sites: Iterable[SiteReport]) -> Iterator[str]:
-    """Refusals that say something, one line for all sites that share it."""
+def _grouped(sites: Iterable[SiteReport], said: Callable[[SiteReport], Iterator[tuple[str, str]]]) -> Iterator[str]:
+    """What is said of sites, as subject and reason: one line for all sites that share it."""
     where: dict[tuple[str, str], list[str]] = {}
     for site in sites:
-        for subject, why in dict.fromkeys(_worth_saying(site)):
+        for subject, why in dict.fromkeys(said(site)):
             where.setdefault((subject, why), []).append(site.node)
     for (subject, why), nodes in where.items():
         places = ", ".join(nodes[:3]) + (f" and {len(nodes) - 3} more" if len(nodes) > 3 else "")
         yield f"  {subject}: {why} (at {places})"
 
 
+def _at_run_time(site: SiteReport) -> Iterator[tuple[str, str]]:
+    for reason in site.run_time:
+        yield f"{site.strategy} runs unfused", str(reason)
+
+
 def _worth_saying(site: SiteReport) -> Iterator[tuple[str, str]]:
+    """Refusals that say something."""
     nearest: dict[str, str] = {}
     for (
         decision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fusion_core.config import SETTINGS, FusionConfig
 from fusion_core.errors import BackendError
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.reason import Reason
@@ -27,12 +29,16 @@ class Strategy:
         name: ``"<backend>.<something>"``, unique.
         impl: Takes the pattern's parameters and ``group`` by name and returns ``outputs`` in their order: a
             `torch.library` operator, or a function over operators that torch can trace. A scalar parameter with a
-            default may be missing from it: the strategy then only runs sites that have that default.
+            default may be missing from it: the strategy then only runs sites that have that default. A parameter
+            named ``max_tokens`` that the pattern does not have is given `FusionConfig.max_tokens`, an int or None; in a
+            compiled graph that is a constant.
         requires: What makes it correct. Checked at every site; all that is unmet is reported.
         worthwhile: What makes it faster than the unfused path, as far as anybody measured.
         outputs: Names of what ``impl`` returns, in order; None for all outputs of the pattern. A site with another
             live output is refused.
         rank: Orders strategies of one backend and one pattern; the highest comes first.
+        option: Name of an option without which it is not used, a word of letters, digits and underscores; the user
+            switches it on as ``"<backend>.<option>"`` in `FusionConfig.options`. None where it needs none.
 
     Example:
         >>> from fusion_core import DType, MultipleOf, TensorMeta
@@ -54,20 +60,36 @@ class Strategy:
     worthwhile: tuple[Requirement, ...] = ()
     outputs: tuple[str, ...] | None = None
     rank: int = 0
+    option: str | None = None
 
     @property
     def backend(self) -> str:
         """The name of the backend it belongs to."""
         return self.name.partition(".")[0]
 
+    @property
+    def switch(self) -> str | None:
+        """What switches it on in `FusionConfig.options`; None where it needs no option."""
+        return None if self.option is None else f"{self.backend}.{self.option}"
+
     def accepts(self, pattern: Pattern) -> frozenset[str]:
         """The scalar parameters of the pattern, and ``group``, that ``impl`` takes."""
         names = frozenset((*pattern.scalars, GROUP))
         return names if self._parameters is None else names & self._parameters.keys()
 
+    def settings(self, pattern: Pattern, config: FusionConfig) -> dict[str, Any]:
+        """What the user set that ``impl`` takes beside the parameters of the pattern, by name."""
+        taken = [name for name in SETTINGS if name in self._named and name not in pattern.parameters]
+        return {name: getattr(config, name) for name in taken}
+
     @functools.cached_property
     def _parameters(self) -> dict[str, bool] | None:
-        return _parameters(self.impl)
+        """Name → is required, for every parameter of ``impl``; None where it takes anything by ``**``."""
+        return None if _takes_anything(self.impl) else self._named
+
+    @functools.cached_property
+    def _named(self) -> dict[str, bool]:
+        return _named(self.impl)
 
     @functools.cached_property
     def _tensors_needed(self) -> frozenset[str]:
@@ -101,8 +123,19 @@ class Strategy:
         reasons = (requirement.unmet(site) for requirement in self.worthwhile)
         return tuple(reason for reason in reasons if reason is not None)
 
+    def switched_off(self, config: FusionConfig) -> tuple[Reason, ...]:
+        """That its option is not among those of ``config``; empty where it is, or it needs none."""
+        if self.switch is None or self.switch in config.options:
+            return ()
+        hint = f"FusionConfig(options=({self.switch!r},)) or FUSION_CORE_OPTIONS={self.switch} switches it on"
+        return (Reason("option", f"the option {self.switch} is off", hint=hint),)
+
     def check(self, pattern: Pattern) -> None:
         """Raise `BackendError` where the declaration does not fit ``pattern``."""
+        if self.option is not None and re.fullmatch("[A-Za-z0-9_]+", str(self.option)) is None:
+            raise BackendError(
+                f"strategy {self.name!r} has option {self.option!r}, needs a word of letters, digits and underscores"
+            )
         outputs = pattern.outputs if self.outputs is None else self.outputs
         if unknown := [name for name in outputs if name not in pattern.outputs]:
             raise BackendError(
@@ -117,7 +150,8 @@ class Strategy:
                 f"strategy {self.name!r} does not take {lacking}: its impl is {_head(self.impl)}, "
                 f"needs the parameters of {pattern.signature()}"
             )
-        extra = [name for name, required in accepted.items() if required and name not in (*pattern.parameters, GROUP)]
+        known = (*pattern.parameters, GROUP, *SETTINGS)
+        extra = [name for name, required in accepted.items() if required and name not in known]
         if extra:
             raise BackendError(
                 f"strategy {self.name!r} requires {extra}, which its pattern does not have: its impl is "
@@ -125,15 +159,20 @@ class Strategy:
             )
 
 
-def _parameters(impl: Callable[..., Any]) -> dict[str, bool] | None:
-    """Name → is required, for every parameter of ``impl``; None where it takes anything by ``**``."""
+def _named(impl: Callable[..., Any]) -> dict[str, bool]:
+    """Name → is required, for every parameter of ``impl``."""
     schema = schema_of(impl)
     if schema is not None:
         return {argument.name: not argument.has_default_value() for argument in schema.arguments}
     parameters = inspect.signature(impl).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return None
     return {parameter.name: parameter.default is inspect.Parameter.empty for parameter in parameters}
+
+
+def _takes_anything(impl: Callable[..., Any]) -> bool:
+    if schema_of(impl) is not None:
+        return False
+    parameters = inspect.signature(impl).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def schema_of(impl: Callable[..., Any]) -> Any:

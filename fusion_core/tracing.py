@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fusion_core.config import FusionConfig
 from fusion_core.errors import FusionError
 from fusion_core.lifting.term import held_by
 from fusion_core.match import Match
@@ -34,15 +35,22 @@ def scalars(found: Match) -> dict[str, Any]:
 
 
 def trace(
-    strategy: Strategy, found: Match, tensors: Mapping[str, torch.Tensor], decompositions: Decompositions
+    strategy: Strategy,
+    found: Match,
+    tensors: Mapping[str, torch.Tensor],
+    decompositions: Decompositions,
+    config: FusionConfig,
 ) -> fx.GraphModule:
     """The strategy as a graph from its tensors to the match's live outputs, reduced to what those need.
+
+    What it takes beside tensors, settings of the user included, becomes constants of the graph.
 
     Raises:
         Unplaceable: where the strategy's code raises, or holds a tensor that does not come in as an argument.
     """
     accepted = strategy.accepts(found.pattern) | set(found.pattern.tensors)
     constants = {name: value for name, value in scalars(found).items() if name in accepted}
+    constants |= strategy.settings(found.pattern, config)
     names = found.pattern.outputs if strategy.outputs is None else strategy.outputs
 
     def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:

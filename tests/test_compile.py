@@ -165,6 +165,7 @@ def keys(monkeypatch: Any) -> dict[str, str]:
         ADD, "acme.add", opaque, worthwhile=(DType("x", torch.float16),), outputs=("normed", "residual_out")
     )
     renamed = Strategy(ADD, "acme.other", opaque, outputs=("normed", "residual_out"))
+    optional = Strategy(ADD, "acme.add", opaque, outputs=("normed", "residual_out"), option="fast")
     ranked = Strategy(ADD, "acme.add", opaque, outputs=("normed", "residual_out"), rank=1)
 
     def key(*points: Any, **config: Any) -> str:
@@ -178,8 +179,11 @@ def keys(monkeypatch: Any) -> dict[str, str]:
         "kernel with a measured range": key(acme(monkeypatch, quick), REFERENCE),
         "kernel of another name": key(acme(monkeypatch, renamed), REFERENCE),
         "kernel of another rank": key(acme(monkeypatch, ranked), REFERENCE),
+        "kernel behind an option": key(acme(monkeypatch, optional), REFERENCE),
+        "its option": key(acme(monkeypatch, optional), REFERENCE, options=("acme.fast",)),
         "order": key(acme(monkeypatch, KERNEL), REFERENCE, order=("reference", "acme")),
         "limit": key(REFERENCE, limit=1),
+        "max_tokens": key(REFERENCE, max_tokens=2048),
         "numerics": key(REFERENCE, numerics="deterministic"),
         "dry run": FusionPass(registry=registry(REFERENCE), dry_run=True).uuid(),
     }

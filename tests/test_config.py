@@ -14,7 +14,10 @@ def test_the_environment_sets_defaults_and_arguments_win(monkeypatch: pytest.Mon
     monkeypatch.setenv("FUSION_CORE_NUMERICS", "deterministic")
     monkeypatch.setenv("FUSION_CORE_LIMIT", "3")
     monkeypatch.setenv("FUSION_CORE_MAX_TOKENS", "2048")
-    assert FusionConfig() == FusionConfig(("acme", "reference"), True, "deterministic", 3, 2048)
+    monkeypatch.setenv("FUSION_CORE_OPTIONS", "acme.fast, acme.overlap")
+    assert FusionConfig() == FusionConfig(
+        ("acme", "reference"), True, "deterministic", 3, 2048, ("acme.fast", "acme.overlap")
+    )
     assert FusionConfig(strict=False, limit=None).strict is False
     assert FusionConfig(limit=None).limit is None
 
@@ -42,6 +45,7 @@ def test_a_word_for_no_is_no(monkeypatch: pytest.MonkeyPatch, text: str) -> None
         ("LIMIT", "-1", "a whole number, 0 or more"),
         ("MAX_TOKENS", "0", "a whole number, 1 or more"),
         ("ORDER", "acme,,reference", "names of backends separated by commas"),
+        ("OPTIONS", "acme.fast,", "options of backends separated by commas, each as <backend>.<option>"),
     ],
 )
 def test_a_malformed_variable_is_an_error_that_lists_what_is_valid(
@@ -70,6 +74,10 @@ def test_a_misspelt_variable_is_an_error_that_lists_the_known_ones(monkeypatch: 
         ({"limit": True}, "limit is True"),
         ({"max_tokens": 0}, "max_tokens is 0, needs a whole number of at least 1"),
         ({"max_tokens": 2.5}, "max_tokens is 2.5"),
+        ({"options": "acme.fast"}, "options is 'acme.fast', needs a tuple of names, each as '<backend>.<option>'"),
+        ({"options": (1,)}, "options is (1,), needs a tuple of names"),
+        ({"options": None}, "options is None, needs a tuple of names"),
+        ({"options": ("a.b", "c.d", "a.b")}, "options names a.b twice, needs each option once"),
     ],
 )
 def test_a_bad_argument_is_an_error_that_says_what_is_needed(given: dict[str, Any], why: str) -> None:
@@ -78,9 +86,9 @@ def test_a_bad_argument_is_an_error_that_says_what_is_needed(given: dict[str, An
 
 
 def test_a_list_serves_as_an_order_and_the_config_can_be_a_key() -> None:
-    config = FusionConfig(order=["reference"])  # type: ignore[arg-type]
+    config = FusionConfig(order=["reference"], options=["acme.fast"])  # type: ignore[arg-type]
     assert config.order == ("reference",)
-    assert {config: 1}[FusionConfig(order=("reference",))] == 1
+    assert {config: 1}[FusionConfig(order=("reference",), options=("acme.fast",))] == 1
 
 
 def test_a_config_as_plain_json_types() -> None:
@@ -90,4 +98,5 @@ def test_a_config_as_plain_json_types() -> None:
         "numerics": "default",
         "limit": 2,
         "max_tokens": None,
+        "options": [],
     }

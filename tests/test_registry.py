@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusion_core import BackendError, Device, FusionConfig, Reason, Registry, Report, Strategy, pattern
+from fusion_core import BackendError, Device, FusionConfig, Reason, Registry, Report, Status, Strategy, pattern
 from fusion_core.vocabulary import add, all_reduce
 from tests.support.graphs import REFERENCE, plugin
 
@@ -74,6 +74,10 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "an output its pattern lacks": (
         {"fusion_strategies": lambda: [Strategy("all_reduce", "acme.one", ran, outputs=("normed",))]},
         "has outputs ['normed']",
+    ),
+    "an option that is no word": (
+        {"fusion_strategies": lambda: [Strategy("all_reduce", "acme.one", ran, option="a b")]},
+        "has option 'a b', needs a word of letters, digits and underscores",
     ),
     "a pattern of core's name": (
         {"fusion_patterns": lambda: [pattern(outputs=("reduced",))(_named("all_reduce"))]},
@@ -228,6 +232,50 @@ def test_a_report_reaches_every_plugin_and_one_that_raises_is_named(monkeypatch:
     assert heard == [report]
     with pytest.raises(BackendError, match="'aaa'"):
         Registry.of(points, FusionConfig(strict=True)).notify(report)
+
+
+def test_an_option_that_no_backend_has_is_an_error_that_lists_those_there_are(monkeypatch: Any) -> None:
+    optional = [Strategy("all_reduce", f"acme.{option}", ran, option=option) for option in ("two", "one")]
+    acme = plugin(monkeypatch, "acme", fusion_strategies=lambda: [*optional, strategy("acme.plain")])
+    for misspelt in ("acme.three", "one", "other.one"):
+        why = f"options names '{misspelt}', which .* has; the options are: acme.one, acme.two"
+        with pytest.raises(BackendError, match=why):
+            Registry.of([acme, REFERENCE], FusionConfig(options=("acme.one", misspelt)))
+    with pytest.raises(BackendError, match="the options are: none"):
+        Registry.of([REFERENCE], FusionConfig(options=("acme.one",)))
+    Registry.of([acme, REFERENCE], FusionConfig(options=("acme.one",), order=("reference",)))
+
+
+def test_an_option_of_a_backend_that_does_not_load_is_no_second_error(monkeypatch: Any) -> None:
+    broken = plugin(monkeypatch, "acme", fusion_strategies=lambda: 1 / 0)
+    with pytest.warns(RuntimeWarning, match="backend 'acme' not loaded"):
+        registry = Registry.of([broken, REFERENCE], FusionConfig(options=("acme.one",)))
+    assert set(registry.backends) == {"reference"}
+
+
+def test_a_backend_says_what_it_holds_on_a_device(monkeypatch: Any) -> None:
+    def status(device: Device) -> Any:
+        yield Status(f"workspace on {device}", 2**20, "in use")
+
+    registry = Registry.of([plugin(monkeypatch, "acme", fusion_status=status), REFERENCE], FusionConfig())
+    assert registry.status("acme", Device("npu")) == (Status("workspace on npu", 2**20, "in use"),)
+    assert registry.status("reference", Device("npu")) == ()
+
+
+@pytest.mark.parametrize(
+    ("held", "why"),
+    [
+        (lambda device: 1 / 0, "ZeroDivisionError"),
+        (lambda device: ["64 MiB"], "gave '64 MiB', needs Status objects"),
+        (lambda device: [Status("workspace", 0.5, "in use")], "memory is 0.5, needs a whole number of bytes"),  # type: ignore[arg-type]
+        (lambda device: [Status("workspace", -1, "in use")], "memory is -1, needs a whole number of bytes"),
+        (lambda device: [Status("workspace", 0, None)], "state is None, needs text"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_backend_that_cannot_say_what_it_holds_is_named(monkeypatch: Any, held: Any, why: str) -> None:
+    registry = Registry.of([plugin(monkeypatch, "acme", fusion_status=held)], FusionConfig())
+    with pytest.raises(BackendError, match=f"fusion_status of 'acme' raised .*{why}"):
+        registry.status("acme", Device("cpu"))
 
 
 def test_vendor_backends_say_why_they_cannot_be_used_on_a_cpu() -> None:

@@ -17,22 +17,32 @@ Order = Annotated[
     ),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Take a backend that fails to load for an error.")]
+Options = Annotated[
+    str | None,
+    typer.Option(metavar="A.X,B.Y", help="Switch on these options of backends.", show_default=False),
+]
 
 
-def make_config(order: str | None, strict: bool) -> FusionConfig:
+def make_config(order: str | None = None, strict: bool = False, options: str | None = None) -> FusionConfig:
     """The configuration that the options ask for; the environment sets what they leave open.
 
     Raises:
-        ConfigError: where the order or a variable ``FUSION_CORE_*`` cannot be used.
+        ConfigError: where the order, the options or a variable ``FUSION_CORE_*`` cannot be used.
     """
     chosen: dict[str, tuple[str, ...] | bool] = {}
     if order is not None:
-        names = tuple(name.strip() for name in order.split(","))
-        if not all(names):
-            raise ConfigError(
-                f"--order is {order!r}, needs names of backends separated by commas, or 'none' for no backend"
-            )
+        names = _names("order", order, "names of backends separated by commas, or 'none' for no backend")
         chosen["order"] = () if names == ("none",) else names
+    if options is not None:
+        needs = "options of backends separated by commas, each as <backend>.<option>"
+        chosen["options"] = _names("options", options, needs)
     if strict:
         chosen["strict"] = True
     return FusionConfig(**chosen)  # type: ignore[arg-type]
+
+
+def _names(option: str, text: str, needs: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise ConfigError(f"--{option} is {text!r}, needs {needs}")
+    return names

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusion_core.config import FusionConfig
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.site import Site, TensorMeta
 from fusion_core.strategy import Strategy, schema_of
@@ -110,9 +111,15 @@ def operator_name(impl: Callable[..., Any]) -> str:
 
 def call(strategy: Strategy, pattern: Pattern, site: Site, given: Mapping[str, Tensor], group: str) -> Any:
     """The strategy's impl on these tensors, by the rules of `Strategy.impl`."""
+    return strategy.impl(**_arguments(strategy, pattern, site, given, group))
+
+
+def _arguments(
+    strategy: Strategy, pattern: Pattern, site: Site, given: Mapping[str, Tensor], group: str
+) -> dict[str, Any]:
     accepted = strategy.accepts(pattern)
     scalars = {name: value for name, value in {**site.attributes, GROUP: group}.items() if name in accepted}
-    return strategy.impl(**{**dict.fromkeys(pattern.tensors), **given}, **scalars)
+    return {**dict.fromkeys(pattern.tensors), **given, **scalars, **strategy.settings(pattern, FusionConfig())}
 
 
 def by_name(strategy: Strategy, pattern: Pattern, returned: Any) -> tuple[dict[str, Any], list[str]]:
@@ -200,9 +207,7 @@ def fakes_and_results(subject: Subject, site: Site, values: Values) -> list[str]
         if _form(faked[name]) != _form(real[name]):
             problems.append(f"the fake gives {name} as {_form(faked[name])}, the real one {_form(real[name])}")
     if not problems and schema_of(strategy.impl) is not None:
-        accepted = strategy.accepts(pattern)
-        scalars = {name: value for name, value in {**site.attributes, GROUP: group}.items() if name in accepted}
-        arguments = {**dict.fromkeys(pattern.tensors), **tensors(site, values), **scalars}
+        arguments = _arguments(strategy, pattern, site, tensors(site, values), group)
         try:
             torch.library.opcheck(
                 cast(Any, strategy.impl), (), arguments, test_utils=("test_schema", "test_faketensor")

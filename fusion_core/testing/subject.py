@@ -51,9 +51,9 @@ class Subject:
         return (*self.strategy.implied(self.pattern), *self.strategy.requires)
 
     def alone(self) -> Registry:
-        """A registry in which it is the only strategy, fast or not."""
+        """A registry in which it is the only strategy, fast or not, its option on."""
         backend = self.registry.backends[self.backend]
-        only = replace(backend, strategies=(replace(self.strategy, worthwhile=()),))
+        only = replace(backend, strategies=(replace(self.strategy, worthwhile=(), option=None),))
         return replace(self.registry, backends={self.backend: only})
 
     def __str__(self) -> str:
@@ -67,18 +67,22 @@ def load(backend: str, entry_point: str | None = None) -> Registry:
     Raises:
         BackendError: where it is not installed or does not load, with the reason.
     """
-    # the kit's FUSION_CORE_STRICT is about skips, not about other plugins that happen to be broken here
-    config = FusionConfig(order=(backend,), strict=False)
+    # the kit's FUSION_CORE_STRICT is about skips, not about other plugins that happen to be broken here; the options
+    # of FUSION_CORE_OPTIONS may be those of backends that are not here
+    config = FusionConfig(order=(backend,), strict=False, options=())
     if entry_point is None:
         return Registry.load(config)
     return Registry.of([EntryPoint(backend, entry_point, GROUP)], config)
 
 
 def subjects(backend: str, entry_point: str | None = None, examples: int | None = None) -> tuple[Subject, ...]:
-    """Every strategy of a backend.
+    """Every strategy of a backend, but those behind an option that ``FUSION_CORE_OPTIONS`` does not switch on.
+
+    What a user must ask for may do what must not be done on every machine.
 
     Raises:
         BackendError: where it is not installed or does not load, with the reason.
     """
-    strategies = load(backend, entry_point).backends[backend].strategies
+    config = FusionConfig()
+    strategies = [s for s in load(backend, entry_point).backends[backend].strategies if not s.switched_off(config)]
     return tuple(Subject(backend, strategy.name, entry_point, examples) for strategy in strategies)

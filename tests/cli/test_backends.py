@@ -3,7 +3,8 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from fusion_core import registry
+from fusion_core import BackendError, Reason, Status, registry
+from tests.support.graphs import plugin
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def test_text(run):
 
 def test_json(run):
     answer = json.loads(run("backends", "--json").stdout)
-    assert answer.keys() == {"device", "order", "backends", "failures", "config"}
+    assert answer.keys() == {"device", "order", "backends", "failures", "status", "config"}
     assert answer["order"] == [backend["name"] for backend in answer["backends"]]
     reference = answer["backends"][-1]
     assert reference.keys() == {"name", "distribution", "strategies", "usable", "reasons"}
@@ -63,3 +64,64 @@ def test_a_backend_that_fails_to_load_hides_no_other(run):
 @pytest.mark.usefixtures("broken_backend")
 def test_strict(run):
     assert "'sad' not loaded" in run("backends", "--strict", status=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [("reference.fast", "'reference.fast', which no strategy"), ("a.b,,c.d", "--options is 'a.b,,c.d', needs options")],
+)
+def test_options_that_cannot_be_used(run, options, says):
+    assert says in run("backends", "--options", options, status=2).stderr
+
+
+def test_options_reach_the_configuration(run, monkeypatch):
+    seen = []
+
+    def refuse(config):
+        seen.append(config.options)
+        raise BackendError("seen")
+
+    monkeypatch.setattr(registry.Registry, "load", refuse)
+    run("backends", "--options", "acme.fast, acme.overlap", status=2)
+    assert seen == [("acme.fast", "acme.overlap")]
+
+
+@pytest.fixture
+def backends_that_hold(monkeypatch):
+    """One that holds memory, one that cannot say, one that cannot be used here and must not be asked."""
+    held = [Status("workspace of group 0", 3 * 2**19, "in use"), Status("workspace of group 1", 0, "no memory is left")]
+    points = [
+        plugin(monkeypatch, "acme", fusion_status=lambda device: held),
+        plugin(monkeypatch, "bad", fusion_status=lambda device: 1 / 0),
+        plugin(
+            monkeypatch,
+            "absent",
+            fusion_available=lambda device: [Reason("driver", "found no driver", "one")],
+            fusion_status=lambda device: [Status("workspace of nobody", 0, "in use")],
+        ),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+
+
+@pytest.mark.usefixtures("backends_that_hold")
+def test_what_backends_hold(run):
+    text = run("backends").stdout
+    rows = [" ".join(line.split()) for line in text.split("device memory")[1].splitlines() if line]
+    assert rows == [
+        "backend subject MiB state",
+        "acme workspace of group 0 1.5 in use",
+        "acme workspace of group 1 0.0 no memory is left",
+        "bad ? fusion_status of 'bad' raised ZeroDivisionError: division by zero",
+    ]
+    answer = json.loads(run("backends", "--json").stdout)["status"]
+    assert answer[0] == {
+        "backend": "acme",
+        "subject": "workspace of group 0",
+        "memory": 3 * 2**19,
+        "state": "in use",
+    }
+    assert [(row["backend"], row["memory"]) for row in answer] == [("acme", 3 * 2**19), ("acme", 0), ("bad", None)]
+
+
+def test_backends_that_hold_nothing_have_no_section(run):
+    assert "device memory" not in run("backends").stdout

@@ -65,5 +65,15 @@ def test_a_right_backend_is_caught_by_none(name, check):
     RUN[check](subject_of(name))
 
 
+def test_a_strategy_behind_an_option_is_tested_as_if_it_were_on(monkeypatch):
+    monkeypatch.setenv("FUSION_CORE_OPTIONS", "acme.fast")  # of a backend that is not under test
+    RUN["stands_in_the_compiled_graph"](subject_of("fine_if_switched_on"))
+
+
+@pytest.mark.parametrize("check", ["declares_what_the_definition_gives", "fake_matches_real"])
+def test_an_impl_that_takes_a_setting_is_given_it(check):
+    RUN[check](subject_of("takes_a_setting"))
+
+
 def test_every_check_catches_some_wrong_backend():
     assert {check for _, check, _ in CAUGHT} == set(RUN)

@@ -73,6 +73,7 @@ def before(change: Callable[..., Any]) -> Callable[..., Any]:
 # Nothing is wrong with the first: it shows that what catches the others is what is wrong with them.
 
 fine = backend(behind(lambda given, *results: results))
+fine_if_switched_on = backend(behind(lambda given, *results: results), option="switch")
 does_nothing = backend(behind(lambda given, *results: tuple(map(torch.zeros_like, results))))
 has_an_epsilon_of_its_own = backend(before(lambda given: {"eps": 1e-6}))
 forgets_weight_bias = backend(before(lambda given: {"weight_bias": 0.0}))
@@ -234,6 +235,22 @@ def _sparse(each: Tensor) -> Tensor:
 
 
 fine_operator = backend(_operator("fine", _definition, lambda *outputs: outputs))
+
+
+@torch.library.custom_op("fusion_wrong::setting", mutates_args=())
+def _takes_a_setting(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, group: str, max_tokens: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _definition(x, residual, weight, eps, group)
+
+
+@_takes_a_setting.register_fake
+def _(x, residual, weight, eps, group, max_tokens):
+    summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return summed, summed.clone(), x.new_empty(x.shape)
+
+
+takes_a_setting = backend(_takes_a_setting)
 lies_about_dtypes = backend(
     _operator("dtypes", _definition, lambda normed, summed, reduced: (normed.double(), summed, reduced))
 )

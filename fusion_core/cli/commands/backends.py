@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import typer
 
-from fusion_core.cli.options import Json, Order, Strict, make_config
+from fusion_core.cli.options import Json, Options, Order, Strict, make_config
 from fusion_core.cli.output import print_json, show, table
+from fusion_core.errors import BackendError
 from fusion_core.registry import Registry
 from fusion_core.site import Device
 
 
-def backends(order: Order = None, strict: Strict = False, as_json: Json = False) -> None:
-    """List the backends in the order in which they are tried, and why one cannot be used on this device."""
-    config = make_config(order, strict)
+def backends(order: Order = None, strict: Strict = False, options: Options = None, as_json: Json = False) -> None:
+    """List the backends in the order in which they are tried, why one cannot be used on this device, what they hold."""
+    config = make_config(order, strict, options)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: they are printed below
         registry = Registry.load(config)
     device = Device.here()
     reasons = {name: registry.unavailable(name, device) for name in registry.backends}
+    held = [row for name in registry.backends if not reasons[name] for row in _held(registry, name, device)]
     if as_json:
         print_json(
             {
@@ -37,6 +42,7 @@ def backends(order: Order = None, strict: Strict = False, as_json: Json = False)
                     for backend in registry.backends.values()
                 ],
                 "failures": [{"backend": f.backend, "reason": f.reason.to_dict()} for f in registry.failures],
+                "status": held,
                 "config": config.to_dict(),
             }
         )
@@ -52,7 +58,23 @@ def backends(order: Order = None, strict: Strict = False, as_json: Json = False)
         show(rows)
     else:
         typer.echo("no backend is in use (order is empty, or none loads)")
+    if held:
+        typer.echo("\ndevice memory\n")
+        rows = table("backend", "subject", "MiB", "state", right=("MiB",))
+        for row in held:
+            memory = "?" if row["memory"] is None else f"{row['memory'] / 2**20:.1f}"
+            rows.add_row(row["backend"], row["subject"], memory, row["state"])
+        show(rows)
     if registry.failures:
         typer.echo("\nnot loaded")
         for failure in registry.failures:
             typer.echo(f"  {failure}")
+
+
+def _held(registry: Registry, backend: str, device: Device) -> Iterator[dict[str, Any]]:
+    """What a backend holds, as plain JSON types; where it cannot tell, one row that says why."""
+    try:
+        for status in registry.status(backend, device):
+            yield {"backend": backend, **dataclasses.asdict(status)}
+    except BackendError as error:
+        yield {"backend": backend, "subject": "", "memory": None, "state": str(error)}

@@ -49,7 +49,7 @@ def demo(
         )
     if world_size not in WORLD_SIZES:
         raise ConfigError(f"--world-size is {world_size}, needs 2, 4 or 8")
-    config = make_config(None, False)
+    config = make_config()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: the report names them

@@ -13,7 +13,7 @@ import torch
 import typer
 
 import fusion_core
-from fusion_core.cli.options import Json, Order, Strict, make_config
+from fusion_core.cli.options import Json, Options, Order, Strict, make_config
 from fusion_core.cli.output import print_json
 from fusion_core.cli.process_group import process_group
 from fusion_core.cli.user_code import as_call, find, own_traceback
@@ -32,6 +32,7 @@ def explain(
     ],
     order: Order = None,
     strict: Strict = False,
+    options: Options = None,
     html: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Write the report as an HTML page as well.", show_default=False)
     ] = None,
@@ -42,11 +43,11 @@ def explain(
     The model runs once, unfused. Under torchrun every rank takes part and rank 0 prints; otherwise a process group of
     one process is there when FUNCTION is called.
     """
-    config = make_config(order, strict)
+    config = make_config(order, strict, options)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: the report names them
-        Registry.load(config)  # an order that cannot be used is an error before the model is built
+        Registry.load(config)  # an order or option that cannot be used is an error before the model is built
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         build = find(function)
         with process_group() as rank:

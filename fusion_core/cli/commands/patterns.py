@@ -27,7 +27,7 @@ def patterns(
     """List the patterns: what each computes, what it takes and gives."""
     if name is not None and support:
         raise ConfigError(f"the call has both the name {name!r} and --support, needs one of them")
-    config = make_config(None, False)
+    config = make_config()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: the command backends says why

@@ -1,53 +1,40 @@
-"""FlashInfer on NVIDIA GPUs: whether it can be used here. Its strategies are not written yet."""
+"""FlashInfer's fused all-reduce on NVIDIA GPUs. Importing this imports neither FlashInfer nor its operators."""
 
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 
-import torch
-
-from fusion_core import Device, Reason, hookimpl
-
-ARCHITECTURES = (9, 10, 12)
-"""Major compute capabilities that FlashInfer builds its communication kernels for (flashinfer/jit/comm.py, 0.7.2)."""
-
-MINIMUM = (0, 7, 2)
-"""Earlier releases have a stale-flag barrier in their two-shot kernel (flashinfer#5081 and the notes of 0.7.2)."""
+from fusion_core import Device, Reason, Status, Strategy, hookimpl
+from fusion_flashinfer import availability, strategies
 
 
 @hookimpl
 def fusion_available(device: Device) -> Iterator[Reason]:
     """Why FlashInfer cannot be used on a device. Looks at the installed distribution and never imports it."""
-    if device.type != "cuda":
-        yield Reason("device", f"device is {device}", "an NVIDIA GPU")
-    elif torch.version.hip:
-        yield Reason("platform", "this torch is built for ROCm", "a CUDA build")
-    elif not device.arch.startswith("sm_") or int(device.arch[3:]) // 10 not in ARCHITECTURES:
-        yield Reason("arch", f"device is {device}", "compute capability 9, 10 or 12")
-    try:
-        found = version("flashinfer-python")
-    except PackageNotFoundError:
-        if find_spec("flashinfer") is None:
-            yield Reason(
-                "not_installed",
-                "flashinfer is not installed",
-                "flashinfer-python >= 0.7.2",
-                hint="pip install 'fusion-core[flashinfer]'",
-            )
-        return
-    if _release(found) < MINIMUM:
-        yield Reason(
-            "version",
-            f"flashinfer-python is {found}",
-            "0.7.2 or later",
-            hint="pip install -U 'fusion-core[flashinfer]'",
-        )
+    yield from availability.unavailable(device)
 
 
-def _release(text: str) -> tuple[int, ...]:
-    numbers = []
-    for part in text.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+@hookimpl
+def fusion_strategies() -> tuple[Strategy, ...]:
+    """A strategy for every pattern that FlashInfer has a kernel for."""
+    return strategies.STRATEGIES
+
+
+@hookimpl
+def fusion_status(device: Device) -> Iterator[Status]:
+    """The workspaces of this process, and what made one fail."""
+    from fusion_flashinfer.workspaces import WORKSPACES
+
+    yield from WORKSPACES.status()
+
+
+def release(group: str | None = None) -> None:
+    """Give back the GPU memory of one process group's workspaces, or of all.
+
+    It also goes back when the process group is destroyed and nothing refers to it any more. Call it on every rank of
+    the group, when no CUDA graph that holds a fused operator is left; the next call makes a workspace anew.
+
+    Args:
+        group: The process group's name; None for every group.
+    """
+    from fusion_flashinfer.workspaces import WORKSPACES
+
+    WORKSPACES.release(group)

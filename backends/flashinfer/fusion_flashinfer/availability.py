@@ -1,0 +1,91 @@
+"""Whether FlashInfer can be used on a device; looks at what is installed and imports none of it."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from fusion_core import Device, Reason
+
+CAPABILITIES = (9, 10, 12)
+"""Major compute capabilities that FlashInfer builds its communication kernels for (flashinfer/jit/comm.py, 0.7.2)."""
+
+MINIMUM = (0, 7, 2)
+"""Earlier releases have a barrier in their two-shot kernel that can pass early (stale flags, mended in 0.7.2), and
+before 0.7.1 a kernel launched with PDL could read a stale residual (flashinfer#5081)."""
+
+INSTALL = "pip install -U 'fusion-core[flashinfer]'"
+
+
+def unavailable(device: Device) -> Iterator[Reason]:
+    """Why FlashInfer cannot be used on a device; nothing where it can."""
+    if device.type != "cuda":
+        yield Reason("device", f"device is {device}", "an NVIDIA GPU")
+    elif torch.version.hip:
+        yield Reason("platform", "this torch is built for ROCm", "a CUDA build")
+    elif capability(device) not in CAPABILITIES:
+        yield Reason("arch", f"device is {device}", "compute capability 9, 10 or 12")
+    if _spec("flashinfer") is None:
+        yield Reason("not_installed", "flashinfer is not installed", "flashinfer-python >= 0.7.2", hint=INSTALL)
+        return
+    try:
+        found = version("flashinfer-python")
+    except PackageNotFoundError:
+        yield Reason(
+            "version", "flashinfer has no metadata of flashinfer-python", "flashinfer-python >= 0.7.2", hint=INSTALL
+        )
+        return
+    if _release(found) < MINIMUM:
+        yield Reason("version", f"flashinfer-python is {found}", "0.7.2 or later", hint=INSTALL)
+    for module, distribution in (("tvm_ffi", "apache-tvm-ffi"), ("cuda.bindings", "cuda-bindings")):
+        if _spec(module) is None:
+            yield Reason(
+                "not_installed",
+                f"{distribution} is not installed, which flashinfer.comm imports",
+                distribution,
+                hint=f"pip install {distribution}",
+            )
+
+
+def capability(device: Device) -> int:
+    """The major compute capability; 0 for what is no NVIDIA GPU."""
+    return int(device.arch[3:]) // 10 if device.arch.startswith("sm_") else 0
+
+
+@functools.cache
+def pattern_codes() -> dict[str, int] | None:
+    """FlashInfer's names of fused patterns → their codes, read from its source; None where it is not installed."""
+    spec = _spec("flashinfer")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    source = Path(next(iter(spec.submodule_search_locations)), "comm", "trtllm_ar.py")
+    try:
+        text = source.read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    _, _, body = text.partition("class AllReduceFusionPattern")
+    body, _, _ = body.partition("\nclass ")
+    return {name: int(code) for name, code in re.findall(r"^    (k\w+) = (\d+)$", body, re.MULTILINE)}
+
+
+def _spec(module: str) -> ModuleSpec | None:
+    try:
+        return find_spec(module)
+    except (ModuleNotFoundError, ValueError):
+        return None
+
+
+def _release(text: str) -> tuple[int, ...]:
+    numbers = []
+    for part in text.split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)

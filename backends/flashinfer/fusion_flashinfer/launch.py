@@ -1,0 +1,125 @@
+"""One call of a kernel: its memory, the choice between fused and unfused, FlashInfer's call.
+
+Every choice is made of facts that are equal on all ranks: shapes, dtypes, arguments, and what the ranks have agreed on
+about their workspace. What may differ between ranks, such as the alignment of a tensor, is mended by a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion_flashinfer.kernels import Kernel, allocate
+from fusion_flashinfer.unfused import unfused
+from fusion_flashinfer.workspaces import WORKSPACES, Ready
+
+ALIGNMENT = 16
+"""Bytes: the kernels load vectors of 16 and fault on other addresses."""
+
+LAYOUTS = {"swizzled_128x4": 0, "linear": 2}
+"""``QuantizationSFLayout``. Its 8x4 layout is not here: the kernels of ``trtllm`` write nothing there."""
+
+
+def launch(
+    kernel: Kernel,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    option: Any,
+    group: str,
+    max_tokens: int | None,
+    pdl: bool,
+    mnnvl: bool,
+) -> Any:
+    """Run a kernel, fused where the workspace takes it.
+
+    Args:
+        kernel: The kernel.
+        x: ``[..., n]``, this rank's part of the sum.
+        residual: Of x's shape, or None.
+        weight: ``[n]``; None for the bare all_reduce.
+        scale: One float32: the scale of a static quantisation or the multiplier of NVFP4.
+        eps: Added to the mean of squares.
+        weight_bias: Added to the weight.
+        option: ``group_size`` or ``scale_layout``.
+        group: The process group's name.
+        max_tokens: Rows above which to run unfused; None for no such bound.
+        pdl: Launch with programmatic dependent launch.
+        mnnvl: Use FlashInfer's multicast kernels.
+
+    Returns:
+        `Kernel.outputs`, with x's leading dimensions.
+    """
+    hidden = x.shape[-1]
+    flat = _rows(x, hidden)
+    options: dict[str, Any] = {}
+    if kernel.quantization == "group_fp8":
+        options = {"group_size": option}
+    elif kernel.quantization == "nvfp4":
+        options = {"scale_layout": option}
+    if flat.shape[0] == 0:  # a grid of no blocks is an error of CUDA; no rank has anything to send
+        return allocate(kernel, flat, **options).shaped(kernel, x.shape[:-1])
+    residual = None if residual is None else _rows(residual, hidden)
+    weight = None if weight is None else _aligned(weight)
+    ready = WORKSPACES.ready(kernel, flat, group, max_tokens, pdl, mnnvl)
+    if ready is None:
+        buffers = unfused(kernel, flat, residual, weight, scale, eps, weight_bias, group, options)
+    else:
+        buffers = allocate(kernel, flat, **options)
+        fused(kernel, ready, buffers, flat, residual, weight, scale, eps, weight_bias, option, pdl)
+    return buffers.shaped(kernel, x.shape[:-1])
+
+
+def fused(
+    kernel: Kernel,
+    ready: Ready,
+    buffers: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    option: Any,
+    pdl: bool,
+) -> None:
+    """FlashInfer's call, into ``buffers``."""
+    if not kernel.norms:
+        ready.call(input=x, workspace=ready.handle, pattern=0, output=buffers.total, use_oneshot=ready.one_shot,
+                   fp32_acc=True, launch_with_pdl=pdl)  # fmt: skip
+        return
+    ready.call(
+        input=x,
+        workspace=ready.handle,
+        pattern=kernel.code,
+        launch_with_pdl=pdl,
+        output=buffers.total,  # left alone by this pattern, and allocated for nothing where it is missing
+        residual_in=ready.zeros(x) if residual is None else residual,
+        residual_out=buffers.total,
+        norm_out=buffers.normed,
+        quant_out=buffers.quantized,
+        scale_out=buffers.scale,
+        rms_gamma=weight,
+        rms_eps=eps,
+        scale_factor=None if scale is None else scale.reshape(1),
+        layout_code=LAYOUTS[option] if kernel.quantization == "nvfp4" else None,
+        use_oneshot=ready.one_shot,
+        fp32_acc=True,  # sums in the input's dtype lost accuracy for users: sglang#34603, TensorRT-LLM#16753
+        block_quant_group_size=option if kernel.quantization == "group_fp8" else None,
+        weight_bias=weight_bias,
+    )
+
+
+def _rows(tensor: Tensor, hidden: int) -> Tensor:
+    return _aligned(tensor if tensor.dim() == 2 else tensor.reshape(-1, hidden))
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)

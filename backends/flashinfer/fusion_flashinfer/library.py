@@ -1,0 +1,52 @@
+"""FlashInfer itself, imported when a workspace is first made, and never before."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+
+@functools.cache
+def comm() -> Any:
+    """``flashinfer.comm`` with its kernels built and loaded.
+
+    The first call in a fresh installation compiles them for some minutes, behind FlashInfer's own file lock.
+
+    Raises:
+        Exception: whatever importing or building raises.
+    """
+    import flashinfer.comm as module
+    from flashinfer.comm.trtllm_ar import get_trtllm_comm_module
+
+    get_trtllm_comm_module()
+    # its unified call warns on every call that it calls its own deprecated one
+    warnings.filterwarnings("ignore", message=r"use the unified API allreduce\.py", category=DeprecationWarning)
+    return module
+
+
+def version() -> str:
+    """The installed release."""
+    import flashinfer
+
+    return str(flashinfer.__version__)
+
+
+@functools.cache
+def norms() -> Any:
+    """``flashinfer.norm``; None where it cannot be imported or built, and torch's norm has to do."""
+    try:
+        import flashinfer.norm as module
+
+        module.get_norm_module()
+    except Exception:  # noqa: BLE001  # a build fails in any way; the norm in plain torch gives the same result
+        return None
+    return module
+
+
+@functools.cache
+def confidential_computing() -> bool:
+    """Whether the GPU is in NVIDIA's confidential computing mode, in which FlashInfer's workspace uses multicast."""
+    from flashinfer.utils import is_confidential_compute
+
+    return bool(is_confidential_compute())

@@ -1,0 +1,173 @@
+"""Conditions of FlashInfer's kernels that core has no class for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fusion_core import Reason, Site
+from fusion_core.site import dtype_name
+from fusion_flashinfer.availability import capability, pattern_codes
+from fusion_flashinfer.limits import LIMITS
+
+MOST_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class KernelPresent:
+    """The installed FlashInfer has this fused pattern, under this code.
+
+    ``installed`` is its code there, None where it lacks it: a part of the repr, and so of the compile-cache key.
+    """
+
+    name: str
+    code: int
+    installed: int | None
+
+    @classmethod
+    def here(cls, name: str, code: int) -> KernelPresent:
+        """The requirement against what is installed; met where nothing is, which availability refuses."""
+        codes = pattern_codes()
+        return cls(name, code, code if codes is None else codes.get(name))
+
+    def unmet(self, site: Site) -> Reason | None:
+        """What is installed instead."""
+        if self.installed == self.code:
+            return None
+        found = f"the installed FlashInfer has {self.name} as {self.installed}"
+        if self.installed is None:
+            found = f"the installed FlashInfer has no {self.name}"
+        return Reason("kernel", found, f"{self.name} = {self.code}, as flashinfer-python 0.7.2 has it")
+
+    def __str__(self) -> str:
+        return f"FlashInfer's {self.name}"
+
+
+@dataclass(frozen=True)
+class Capability:
+    """The GPU's major compute capability is at least this."""
+
+    least: int
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why the GPU is too old."""
+        if capability(site.device) >= self.least:
+            return None
+        return Reason("arch", f"device is {site.device}", f"compute capability {self.least} or later")
+
+    def __str__(self) -> str:
+        return f"compute capability {self.least} or later"
+
+
+@dataclass(frozen=True)
+class OneCluster:
+    """A row fits one thread block cluster: ``v / gcd(v, 8) <= 1024`` with ``v`` 16-byte vectors to a row.
+
+    Source: the launch arithmetic of ``trtllm_allreduce_fusion.cuh``, which fails with "block_size > 1024" otherwise.
+    """
+
+    arg: str
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why a row does not fit."""
+        tensor = site.tensor(self.arg)
+        if tensor is None or not tensor.shape:
+            return None
+        size = tensor.shape[-1]
+        if not isinstance(size, int):
+            return Reason(
+                "size",
+                f"{self.arg}.shape[-1] is {size}, which is known only at run time",
+                "a fixed hidden size",
+                self.arg,
+                "mark it static",
+            )
+        vectors = max(size * tensor.dtype.itemsize // 16, 1)
+        threads = vectors // math.gcd(vectors, 8)
+        if threads <= MOST_THREADS:
+            return None
+        found = f"{self.arg}.shape[-1] is {size}, which takes {threads} threads to a block"
+        return Reason("size", found, f"at most {MOST_THREADS}", self.arg)
+
+    def __str__(self) -> str:
+        return f"{self.arg}.shape[-1] in one cluster of blocks of {MOST_THREADS} threads"
+
+
+@dataclass(frozen=True)
+class DTypeAttribute:
+    """An attribute that names a dtype is None, a tensor's own dtype or one of some others."""
+
+    name: str
+    arg: str
+    others: tuple[torch.dtype, ...] = ()
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why the attribute is another dtype."""
+        value, tensor = site.attributes.get(self.name), site.tensor(self.arg)
+        if value is None or tensor is None or value in (tensor.dtype, *self.others):
+            return None
+        names = " or ".join(dict.fromkeys(map(dtype_name, (tensor.dtype, *self.others))))
+        return Reason("attribute", f"{self.name} is {dtype_name(value)}", names, self.name)
+
+    def __str__(self) -> str:
+        return " or ".join([f"{self.name} that of {self.arg}", *map(dtype_name, self.others)])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Somebody measured this architecture and number of ranks, and the kernel is faster at this input size.
+
+    A size that is known only at run time is met: the operator looks then.
+    """
+
+    arg: str
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why it is not known to be faster."""
+        limit = LIMITS.get((site.device.arch, site.world_size))
+        if limit is None:
+            return Reason(
+                "measured",
+                f"nobody has measured {site.world_size} ranks of {site.device}",
+                " or ".join(f"{ranks} ranks of {arch}" for arch, ranks in LIMITS),
+            )
+        tensor = site.tensor(self.arg)
+        if tensor is None or not all(isinstance(size, int) for size in tensor.shape):
+            return None
+        size = math.prod(map(int, tensor.shape)) * tensor.dtype.itemsize
+        tokens = math.prod(map(int, tensor.shape[:-1]))
+        if size == 0 or limit.one_shot_at(size, tokens, site.world_size) is not None:
+            return None
+        found = f"{self.arg} has {size / 2**20:.3g} MiB on {site.world_size} ranks of {site.device}"
+        return Reason("measured", found, f"at most {limit.most / 2**20:g} MiB, where it was measured to be faster")
+
+    def __str__(self) -> str:
+        return f"an input size of {self.arg} at which it was measured to be faster"
+
+
+@dataclass(frozen=True)
+class FixedTokens:
+    """All sizes of a tensor are known when the graph is compiled."""
+
+    arg: str
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Which size is not."""
+        tensor = site.tensor(self.arg)
+        if tensor is None:
+            return None
+        unknown = [str(size) for size in tensor.shape if not isinstance(size, int)]
+        if not unknown:
+            return None
+        return Reason(
+            "measured",
+            f"{self.arg} has the run-time size {', '.join(unknown)}",
+            "fixed sizes: where it gets too large for the kernel, this quantisation takes several others",
+            self.arg,
+            "torch.compile(dynamic=False)",
+        )
+
+    def __str__(self) -> str:
+        return f"fixed sizes of {self.arg}"

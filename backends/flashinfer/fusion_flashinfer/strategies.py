@@ -1,0 +1,132 @@
+"""FlashInfer's strategies: one for each kernel, with all that the kernel does not check itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion_core import Attribute, DType, MultipleOf, Requirement, SameDType, Strategy, WorldSize
+from fusion_flashinfer.kernels import KERNELS, Kernel
+from fusion_flashinfer.ops import operator
+from fusion_flashinfer.requirements import (
+    Capability,
+    DTypeAttribute,
+    FixedTokens,
+    KernelPresent,
+    Measured,
+    OneCluster,
+)
+
+HALVES = (torch.bfloat16, torch.float16)
+WORLD_SIZES = (2, 4, 8)
+"""The kernels' template has 16 too, but FlashInfer's own rule for one-shot raises KeyError there."""
+
+LEAST_SCALE = 1 / (512 * 448)
+"""Of a dynamic FP8 scale: ``trtllm_allreduce_fusion.cuh``, and the default of `quantize_token_fp8`."""
+
+
+def _implementation(kernel: Kernel, *, pdl: bool, mnnvl: bool) -> Callable[..., Any]:
+    """The operator with the pattern's parameters by name. What requirements have settled is not passed on."""
+    op = operator(kernel)
+
+    if not kernel.norms:
+
+        def all_reduce(x: Tensor, *, group: str, max_tokens: int | None = None) -> Any:
+            return op(x, group, max_tokens, pdl, mnnvl)
+
+        return all_reduce
+
+    def norm(
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        *,
+        residual: Tensor | None = None,
+        scale: Tensor | None = None,
+        global_scale: Tensor | None = None,
+        weight_bias: float = 0.0,
+        residual_dtype: torch.dtype | None = None,
+        norm_dtype: torch.dtype | None = None,
+        fp8_dtype: torch.dtype | None = None,
+        fp8_max: float | None = None,
+        min_scale: float | None = None,
+        group_size: int = 128,
+        scale_format: str = "",
+        scale_layout: str = "",
+        group: str,
+        max_tokens: int | None = None,
+    ) -> Any:
+        tensors = [each for each in (residual, weight, scale, global_scale) if each is not None]
+        options = {"group_fp8": (group_size,), "nvfp4": (scale_layout,)}.get(kernel.quantization, ())
+        return op(x, *tensors, eps, weight_bias, *options, group, max_tokens, pdl, mnnvl)
+
+    return norm
+
+
+def _requirements(kernel: Kernel) -> tuple[Requirement, ...]:
+    found: list[Requirement] = [
+        KernelPresent.here(kernel.symbol, kernel.code),
+        WorldSize(*WORLD_SIZES),
+        DType("x", *HALVES, *(() if kernel.quantization else (torch.float32,))),
+        # the kernels read every tensor in x's dtype; another one would be garbage without an error (vLLM#48324)
+        SameDType("x", "residual", "weight", "normed", "residual_out", "reduced"),
+        # loads of 16 bytes; 8 elements, so that one rule does for all dtypes. NVFP4 has blocks of 16
+        MultipleOf("x", dim=-1, of=16 if kernel.quantization == "nvfp4" else 8),
+        OneCluster("x"),
+    ]
+    if kernel.adds:
+        found.append(DTypeAttribute("residual_dtype", "x"))
+    if kernel.quantization:
+        # a norm that only the quantisation reads may be one rounding finer in the model than in the kernel
+        found.append(DTypeAttribute("norm_dtype", "x", (torch.float32,)))
+    elif kernel.norms:
+        found.append(DTypeAttribute("norm_dtype", "x"))
+    if kernel.quantization.endswith("fp8"):
+        found += [Attribute("fp8_dtype", torch.float8_e4m3fn), Attribute("fp8_max", None, 448.0)]
+    if kernel.quantization == "static_fp8":
+        found.append(DType("scale", torch.float32))
+    elif kernel.quantization == "token_fp8":
+        found.append(Attribute("min_scale", None, LEAST_SCALE))
+    elif kernel.quantization == "group_fp8":
+        found += [
+            Attribute("group_size", 128),
+            Attribute("min_scale", None, 1e-10),
+            Attribute("scale_format", "ue8m0_packed"),
+            Attribute("scale_layout", "row_major"),
+            MultipleOf("x", dim=-1, of=128),
+        ]
+    elif kernel.quantization == "nvfp4":
+        # below capability 10 the kernel's body is compiled out: zeros, and no error
+        found += [Capability(10), DType("global_scale", torch.float32)]
+    return tuple(found)
+
+
+def _strategies() -> tuple[Strategy, ...]:
+    found = []
+    for kernel in KERNELS:
+        worthwhile: tuple[Requirement, ...] = (Measured("x"),)
+        if kernel.quantization and (kernel.quantization != "static_fp8" or kernel.norm_out):
+            worthwhile += (FixedTokens("x"),)
+        # the plain one first; what the user switched on before it; without the norm's output before with it
+        for option, rank in ((None, 0), ("pdl", 2), ("mnnvl", 4)):
+            if option == "mnnvl" and kernel.quantization == "group_fp8":
+                continue  # mnnvl has no such kernel
+            found.append(
+                Strategy(
+                    pattern=kernel.pattern,
+                    name=f"flashinfer.{kernel.name}" + (f"_{option}" if option else ""),
+                    impl=_implementation(kernel, pdl=option == "pdl", mnnvl=option == "mnnvl"),
+                    requires=_requirements(kernel),
+                    worthwhile=worthwhile,
+                    outputs=kernel.outputs,
+                    rank=rank - kernel.norm_out,
+                    option=option,
+                )
+            )
+    return tuple(found)
+
+
+STRATEGIES = _strategies()

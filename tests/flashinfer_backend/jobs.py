@@ -1,0 +1,300 @@
+"""What the workers of these tests run, over the stand-in."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fusion_core.patterns import CORE_PATTERNS
+from fusion_core.run_time import fallen_back
+from fusion_flashinfer import creation, limits, workspaces
+from fusion_flashinfer.kernels import KERNELS, Buffers
+from fusion_flashinfer.self_check import _distance, self_check
+from fusion_flashinfer.workspaces import WORKSPACES
+from tests.flashinfer_backend import stand_in
+
+stand_in.install()
+
+BY_NAME = {kernel.name: kernel for kernel in KERNELS}
+
+
+def fresh(**limit: int) -> None:
+    """Forget what an earlier test left; use the kernels up to these sizes."""
+    WORKSPACES.release()
+    for names in (stand_in.fails_to_create, stand_in.wrong, stand_in.calls, stand_in.alive):
+        names.clear()
+    stand_in.multicast = False
+    bound = limits.Limit(**limit) if limit else limits.Limit(1 << 20, 1 << 24)
+    workspaces.limit = lambda arch, world_size: bound  # type: ignore[assignment]
+
+
+def inputs(kernel: Any, tokens: int, hidden: int, dtype: torch.dtype, bias: float, rank: int) -> dict[str, Any]:
+    """Arguments of a pattern, its x different on every rank."""
+    own, common = torch.Generator().manual_seed(rank + 7 * tokens), torch.Generator().manual_seed(tokens)
+    found: dict[str, Any] = {"x": torch.randn(tokens, hidden, generator=own).to(dtype)}
+    if not kernel.norms:
+        return found
+    if kernel.adds:
+        found["residual"] = torch.randn(tokens, hidden, generator=common).to(dtype)
+    found["weight"] = (torch.rand(hidden, generator=common) + 0.5 - bias).to(dtype)
+    if kernel.quantization == "static_fp8":
+        found["scale"] = torch.full((1,), 1 / 64)
+    found |= {"eps": 1e-5, "weight_bias": bias}
+    if kernel.quantization == "group_fp8":
+        found["group_size"] = 128
+    return found
+
+
+def run(name: str, tokens: int = 4, hidden: int = 256, dtype: torch.dtype = torch.bfloat16, *, bias: float = 0.0,
+        group: str | None = None, max_tokens: int | None = None, lead: tuple[int, ...] = (), pdl: bool = False) -> float:  # fmt: skip
+    """One call of an operator: its distance from float64, in units of what its dtypes allow."""
+    kernel = BY_NAME[name]
+    group = group or dist.group.WORLD.group_name
+    rank = dist.distributed_c10d._resolve_process_group(group).rank()
+    given = inputs(kernel, tokens, hidden, dtype, bias, rank)
+    shaped = [
+        v.view(*lead, hidden) if lead and isinstance(v, torch.Tensor) and v.dim() == 2 else v for v in given.values()
+    ]
+    before = [each.clone() for each in shaped if isinstance(each, torch.Tensor)]
+    operator = getattr(torch.ops.fusion_flashinfer, name)
+    returned = operator(*shaped, group, max_tokens, pdl)
+    after = [each for each in shaped if isinstance(each, torch.Tensor)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "an input was written"
+    returned = returned if isinstance(returned, tuple) else (returned,)
+    results = dict(zip(kernel.outputs, returned, strict=True))
+    if lead:
+        assert all(r.shape[:-1] == lead for n, r in results.items() if not (n == "scale" and "group" in name))
+        results = {n: r if r.dim() == 2 else r.reshape(tokens, -1) for n, r in results.items()}
+    pattern = next(each for each in CORE_PATTERNS if each.name == kernel.pattern)
+    arguments = {n: v.double() if isinstance(v, torch.Tensor) and n != "scale" else v for n, v in given.items()}
+    exact = pattern.function(**arguments, group=group)
+    expected = dict(zip(pattern.outputs, exact if isinstance(exact, tuple) else (exact,), strict=True))
+    found = Buffers(results[kernel.outputs[-1]], results.get("normed"), results.get("quantized"), results.get("scale"))
+    return _distance(kernel, found, expected, given.get("scale"))
+
+
+def all_kernels(rows: list[tuple[int, int]], dtypes: list[torch.dtype]) -> list[str]:
+    """Every kernel that this machine could have, at these sizes: what is off."""
+    fresh()
+    off = []
+    for kernel in KERNELS:
+        if kernel.quantization == "nvfp4":
+            continue
+        for dtype in dtypes:
+            for tokens, hidden in rows:
+                for bias in (0.0, 1.0):
+                    if kernel.quantization and (dtype == torch.float32 or hidden % 128):
+                        continue
+                    if (distance := run(kernel.name, tokens, hidden, dtype, bias=bias)) > 1:
+                        off.append(f"{kernel.name} {tokens}x{hidden} {dtype} bias {bias}: {distance}")
+    assert {call.pattern for call in stand_in.calls} == {0, 1, 2, 4, 8, 9, 10, 11}, state()
+    return off
+
+
+def shots(sizes: list[int], **limit: int) -> list[Any]:
+    """For each number of tokens: whether the kernel ran one-shot, two-shot (False) or not at all (None)."""
+    fresh(**limit)
+    run("all_reduce", 40)  # the workspace, and the first self-check
+    found = []
+    for tokens in sizes:
+        run("all_reduce", tokens)
+        stand_in.calls.clear()
+        assert run("all_reduce", tokens) <= 1
+        found.append(stand_in.calls[-1].one_shot if stand_in.calls else None)
+    return found
+
+
+def empty(lead: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes of what no rows give, and no call of FlashInfer."""
+    fresh()
+    found = []
+    for kernel in KERNELS:
+        given = inputs(kernel, 0, 256, torch.bfloat16, 0.0, 0)
+        if kernel.quantization == "nvfp4":
+            continue
+        shaped = [v.view(*lead, 256) if isinstance(v, torch.Tensor) and v.dim() == 2 else v for v in given.values()]
+        results = getattr(torch.ops.fusion_flashinfer, kernel.name)(*shaped, dist.group.WORLD.group_name)
+        found += [tuple(each.shape) for each in (results if isinstance(results, tuple) else (results,))]
+    assert not stand_in.calls
+    return found
+
+
+def odd_memory() -> list[float]:
+    """Inputs that are misaligned or strided on one rank alone."""
+    fresh()
+    rank, found = dist.get_rank(), []
+    name = dist.group.WORLD.group_name
+    for spoil in (
+        lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+        lambda t: t.t().contiguous().t(),
+    ):
+        given = inputs(BY_NAME["all_reduce_add_rms_norm"], 4, 256, torch.bfloat16, 0.0, rank)
+        clean = torch.ops.fusion_flashinfer.all_reduce_add_rms_norm(*given.values(), name)
+        if rank == 0:
+            given |= {key: spoil(given[key]) for key in ("x", "residual")}
+            given["weight"] = torch.cat([given["weight"][:1], given["weight"]])[1:]
+        spoilt = torch.ops.fusion_flashinfer.all_reduce_add_rms_norm(*given.values(), name)
+        found.append(max(float((a.float() - b.float()).abs().max()) for a, b in zip(clean, spoilt, strict=True)))
+    return found
+
+
+def one_rank_fails(rank: int) -> tuple[float, str, str, int]:
+    """A workspace that comes up on all ranks but one: the result, the reason, the status, what is left allocated."""
+    fresh()
+    stand_in.fails_to_create.add(rank)
+    distance = run("all_reduce_add_rms_norm")
+    (reason,) = fallen_back("flashinfer.all_reduce_add_rms_norm", dist.group.WORLD.group_name)[-1:]
+    stand_in.fails_to_create.clear()
+    again = run("all_reduce_add_rms_norm", 7)
+    (status,) = WORKSPACES.status()
+    assert not stand_in.calls, "remembered: nobody tries again"
+    return max(distance, again), str(reason), status.state, len(stand_in.alive)
+
+
+def with_multicast() -> str:
+    """FlashInfer's workspace under confidential computing."""
+    fresh()
+    stand_in.multicast = True
+    assert run("all_reduce") <= 1
+    (status,) = WORKSPACES.status()
+    return status.state
+
+
+def multicast_uninvited() -> str:
+    """A workspace that uses multicast although it should not."""
+    fresh()
+    stand_in.multicast = True
+    stand_in.library.confidential_computing = lambda: False
+    try:
+        assert run("all_reduce") <= 1
+        (status,) = WORKSPACES.status()
+        return status.state
+    finally:
+        stand_in.library.confidential_computing = lambda: stand_in.multicast
+
+
+def wrong_kernel(code: int, name: str) -> tuple[float, str, float]:
+    """A kernel that is wrong on this machine: the result, the reason, and another kernel's result."""
+    fresh()
+    stand_in.wrong.add(code)
+    distance = run(name)
+    (status,) = WORKSPACES.status()
+    stand_in.calls.clear()
+    other = run("all_reduce")
+    assert [call.pattern for call in stand_in.calls][-1:] == [0]
+    return distance, status.state, other
+
+
+def growth(sizes: list[tuple[int, int]], captured_at: int | None = None) -> list[tuple[int, int]]:
+    """Workspaces that hold memory, and their capacity, after each call of (tokens, hidden)."""
+    fresh(one_shot=1 << 30, most=1 << 30)
+    found = []
+    for index, (tokens, hidden) in enumerate(sizes):
+        if index == captured_at:
+            creation.capturing = lambda: True  # type: ignore[assignment]
+        try:
+            assert run("all_reduce_add_rms_norm", tokens, hidden) <= 1
+        finally:
+            creation.capturing = lambda: False  # type: ignore[assignment]
+        held = next(iter(WORKSPACES._held.values()))
+        found.append((len(stand_in.alive), held.elements))
+    return found
+
+
+def captured_first() -> tuple[float, list[str]]:
+    """A first call during a capture: no workspace, no hang, a reason; then one outside."""
+    fresh()
+    creation.capturing = lambda: True  # type: ignore[assignment]
+    try:
+        distance = run("all_reduce_rms_norm")
+        assert not stand_in.alive
+    finally:
+        creation.capturing = lambda: False  # type: ignore[assignment]
+    reasons = [str(r) for r in fallen_back("flashinfer.all_reduce_rms_norm", dist.group.WORLD.group_name)]
+    assert run("all_reduce_rms_norm") <= 1
+    assert stand_in.calls
+    return distance, reasons
+
+
+def capacity(max_tokens: int) -> list[Any]:
+    """Whether calls of max_tokens and of one more are fused, and the workspace's capacity in elements."""
+    fresh()
+    found: list[Any] = []
+    for tokens in (max_tokens, max_tokens + 1):
+        run("all_reduce", tokens, max_tokens=max_tokens)
+        stand_in.calls.clear()
+        assert run("all_reduce", tokens, max_tokens=max_tokens) <= 1
+        found.append(bool(stand_in.calls))
+    return [*found, next(iter(WORKSPACES._held.values())).elements]
+
+
+def two_groups() -> list[float]:
+    """The default group and the groups of one rank's neighbours, each with a workspace that no other rank takes part in."""
+    fresh()
+    size, rank = dist.get_world_size(), dist.get_rank()
+    pairs = [dist.new_group([first, first + 1]) for first in range(0, size, 2)]
+    mine = pairs[rank // 2].group_name
+    found = []
+    if rank < 2:  # the others never call on theirs
+        found += [run("all_reduce_add_rms_norm", 4, group=mine), run("all_reduce", 5, 512, group=mine)]
+    found += [run("all_reduce_add_rms_norm", 6), run("all_reduce_add_rms_norm", 3, dtype=torch.float32)]
+    return found
+
+
+def destroyed_group() -> tuple[int, int, list[float]]:
+    """Workspaces that hold memory while a group lives and after it is gone; then the same group's name again."""
+    fresh()
+    group = dist.new_group(list(range(dist.get_world_size())))
+    first = run("all_reduce", group=group.group_name)
+    before = len(stand_in.alive)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    after = len(stand_in.alive)
+    return before, after, [first, run("all_reduce")]
+
+
+def disagreeing() -> str:
+    """Ranks whose first calls are of different sizes: the real kernels would hang."""
+    fresh()
+    creation.ARRIVAL, creation.STEP = 5.0, 5.0
+    kernel, x = BY_NAME["all_reduce"], torch.ones(4 + (1 << 13) * dist.get_rank(), 256)
+    assert WORKSPACES.ready(kernel, x, dist.group.WORLD.group_name, None, False, False) is None
+    (status,) = WORKSPACES.status()
+    return status.state
+
+
+def late(rank: int) -> str:
+    """One rank that never comes to its first call."""
+    fresh()
+    creation.ARRIVAL, creation.STEP = 0.5, 0.5
+    kernel, x = BY_NAME["all_reduce"], torch.ones(4, 256)
+    if dist.get_rank() == rank:
+        dist.barrier()  # until the others have given up
+        return "late"
+    try:
+        assert WORKSPACES.ready(kernel, x, dist.group.WORLD.group_name, None, False, False) is None
+        (status,) = WORKSPACES.status()
+        return status.state
+    finally:
+        dist.barrier()
+
+
+def fp4_check() -> str:
+    """The self-check of an FP4 kernel."""
+    fresh()
+    group = dist.group.WORLD.group_name
+    run("all_reduce")
+    ready = WORKSPACES.ready(BY_NAME["all_reduce"], torch.ones(4, 256, dtype=torch.bfloat16), group, None, False, False)
+    assert ready is not None
+    kernel = BY_NAME["all_reduce_add_rms_norm_nvfp4"]
+    problem = self_check(kernel, ready, 5, 256, torch.bfloat16, torch.device("cpu"), group, pdl=False)
+    return str(problem)
+
+
+def state() -> list[str]:
+    """What `fusion-core backends` would show."""
+    return [str(each) for each in WORKSPACES.status()]

@@ -1,0 +1,138 @@
+"""FlashInfer's operators and workspaces over real process groups, with a stand-in for the GPU's kernels."""
+
+import pytest
+import torch
+
+from fusion_core.workers import WorkerPool
+from tests.flashinfer_backend import jobs
+
+
+@pytest.fixture(scope="module")
+def two():
+    with WorkerPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def four():
+    with WorkerPool(4) as pool:
+        yield pool
+
+
+def test_every_kernel_gives_what_its_pattern_means(two):
+    rows = [(1, 64), (3, 256), (5, 2880), (130, 512)]
+    for off in two.run(jobs.all_kernels, rows, [torch.bfloat16, torch.float16, torch.float32]):
+        assert off == []
+
+
+def test_any_leading_dimensions(two):
+    for name in ("all_reduce", "all_reduce_add_rms_norm", "all_reduce_add_rms_norm_token_fp8_out", "all_reduce_rms_norm_group_fp8"):  # fmt: skip
+        assert max(two.run(jobs.run, name, 6, lead=(2, 3))) <= 1
+
+
+def test_no_rows_give_no_rows_and_call_nothing(two):
+    for shapes in two.run(jobs.empty, (0,)) + two.run(jobs.empty, (2, 0)):
+        assert all(0 in shape for shape in shapes)
+
+
+def test_the_kernel_follows_the_size(two, four):
+    row = 256 * 2
+    sizes = [1, 2, 3, 8, 9, 16, 17]
+    expected = [True, True, True, True, False, False, None]
+    assert two.run(jobs.shots, sizes, one_shot=8 * row, most=16 * row) == [expected] * 2
+    # the two-shot kernel needs more tokens than ranks
+    assert four.run(jobs.shots, [1, 2, 4, 5], one_shot=row, most=16 * row) == [[True, None, None, False]] * 4
+
+
+def test_what_differs_between_ranks_is_copied_and_decides_nothing(two):
+    assert two.run(jobs.odd_memory) == [[0.0, 0.0]] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_without_a_workspace_sends_all_to_the_unfused_path(two, rank):
+    outcomes = two.run(jobs.one_rank_fails, rank)
+    assert len({reason for _, reason, _, _ in outcomes}) == 1
+    for distance, reason, state, left in outcomes:
+        assert distance <= 1
+        assert reason.startswith(f"rank {rank}: making a workspace raised RuntimeError: cuMemCreate: out of memory")
+        assert state == reason
+        assert left == 0, "the rank that had made one gave it back"
+
+
+def test_confidential_computing_is_refused_because_it_means_multicast(two):
+    for state in two.run(jobs.with_multicast):
+        assert "confidential computing" in state
+
+
+def test_a_workspace_with_multicast_is_never_used(two):
+    for state in two.run(jobs.multicast_uninvited):
+        assert "uses NVLink multicast, which nobody asked for" in state
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        (1, "all_reduce_add_rms_norm"),
+        (2, "all_reduce_rms_norm_static_fp8"),
+        (11, "all_reduce_add_rms_norm_token_fp8_out"),
+    ],
+)
+def test_a_kernel_that_is_wrong_here_is_found_and_left_alone(two, code, name):
+    for distance, state, other in two.run(jobs.wrong_kernel, code, name):
+        assert distance <= 1, "the model got the unfused result"
+        assert "times as far from float64" in state
+        assert other <= 1, "the other kernels go on"
+
+
+def test_a_kernel_that_writes_nothing_is_found(two):
+    """FlashInfer's FP4 kernels below capability 10: zeros, and no error."""
+    for problem in two.run(jobs.fp4_check):
+        assert "times as far from float64" in problem
+
+
+def test_a_workspace_grows_to_what_a_wider_model_needs(two):
+    least = 1 << 20
+    # (tokens, hidden): the target, a wider draft model, a longer prompt, the target again
+    for seen in two.run(jobs.growth, [(4, 256), (64, 512), (3000, 512), (4, 256)]):
+        assert seen == [(1, least), (1, least), (1, 2 * least), (1, 2 * least)]
+
+
+def test_a_workspace_that_a_graph_may_hold_is_kept_when_a_larger_one_comes(two):
+    for seen in two.run(jobs.growth, [(4, 256), (4, 256), (3000, 512), (9000, 512)], 1):
+        assert [count for count, _ in seen] == [1, 1, 2, 2]
+
+
+def test_a_first_call_in_a_capture_runs_unfused_and_says_so(two):
+    for distance, reasons in two.run(jobs.captured_first):
+        assert distance <= 1
+        assert any("came while a CUDA graph was captured" in reason for reason in reasons)
+
+
+def test_max_tokens_is_the_capacity(two):
+    assert two.run(jobs.capacity, 40) == [[True, False, 40 * 256]] * 2
+
+
+def test_groups_and_dtypes_have_workspaces_of_their_own(four):
+    for distances in four.run(jobs.two_groups):
+        assert max(distances) <= 1
+
+
+def test_a_destroyed_group_gives_its_memory_back(two):
+    for before, after, distances in two.run(jobs.destroyed_group):
+        assert (before, after) == (1, 0)
+        assert max(distances) <= 1
+
+
+def test_ranks_that_call_with_different_sizes_hear_of_it():
+    with WorkerPool(2) as pool:
+        for state in pool.run(jobs.disagreeing):
+            assert "call is all_reduce of (4, 256) on rank 0 and all_reduce of (8196, 256) on rank 1" in state
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_never_comes_holds_nobody_up(rank):
+    with WorkerPool(3) as pool:
+        states = pool.run(jobs.late, rank)
+    assert states.pop(rank) == "late"
+    assert len(set(states)) == 1
+    assert f"rank {rank} did not take part in what a workspace needs" in states[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
@@ -56,7 +57,20 @@ def unavailable(device: Device) -> Iterator[Reason]:
 
 def capability(device: Device) -> int:
     """The major compute capability; 0 for what is no NVIDIA GPU."""
-    return int(device.arch[3:]) // 10 if device.arch.startswith("sm_") else 0
+    found = re.fullmatch(r"sm_(\d+)\d[a-z]?", device.arch)
+    return int(found[1]) if found else 0
+
+
+def multicast_off() -> str | None:
+    """The setting of the environment that switches NVLink multicast off, for whichever library; None where none does.
+
+    It is switched off on machines where multicast is broken or shared, and FlashInfer reads none of these settings.
+    """
+    if os.environ.get("NCCL_NVLS_ENABLE") == "0":
+        return "NCCL_NVLS_ENABLE=0"
+    if (value := os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST", "0")) not in ("", "0"):
+        return f"TORCH_SYMM_MEM_DISABLE_MULTICAST={value}"
+    return "NVSHMEM_DISABLE_NVLS=1" if os.environ.get("NVSHMEM_DISABLE_NVLS") == "1" else None
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,7 @@ GRANULARITY = 2 << 20
 
 def capturing() -> bool:
     """Whether the current stream is being captured into a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def stream_id(device: torch.device) -> int:
-    """The current stream's address; -1 where there are none."""
-    return int(torch._C._cuda_getCurrentRawStream(device.index or 0)) if device.type == "cuda" else -1
+    return torch.cuda.is_initialized() and bool(torch._C._cuda_isCurrentStreamCapturing())
 
 
 def synchronize(device: torch.device) -> None:
@@ -119,6 +115,8 @@ def create(
         RuntimeError: where what was made is not what was asked for, or uses multicast without being asked to.
         Exception: whatever FlashInfer raises.
     """
+    if mnnvl and multicast_off():
+        raise RuntimeError(f"mnnvl uses NVLink multicast, which the environment switches off ({multicast_off()})")
     made = library.comm().create_allreduce_fusion_workspace(
         backend="mnnvl" if mnnvl else "trtllm",  # by name: "auto" takes mnnvl wherever the GPU has multicast
         world_size=exchange.size,
@@ -137,6 +135,12 @@ def create(
         if not made.is_buffer_size_sufficient(exchange.size, tokens, hidden, dtype):
             raise RuntimeError(f"FlashInfer's workspace is too small for the {tokens} x {hidden} asked for")
     return made
+
+
+def multicast_off() -> str:
+    """The setting by which this machine's owner switches NVLink multicast off; empty where there is none."""
+    settings = (("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1"), ("NVSHMEM_DISABLE_NVLS", "1"))
+    return next((f"{name}={value}" for name, value in settings if os.environ.get(name) == value), "")
 
 
 def call() -> Callable[..., Any]:

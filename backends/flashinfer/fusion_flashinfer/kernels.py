@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +36,12 @@ class Kernel:
         """The operator's name, and the strategy's behind ``flashinfer.``."""
         return f"{self.pattern}_out" if self.norm_out else self.pattern
 
-    @property
+    @functools.cached_property
     def adds(self) -> bool:
         """Whether it takes a residual."""
         return "_add_" in self.pattern
 
-    @property
+    @functools.cached_property
     def norms(self) -> bool:
         """Whether there is more to it than the sum."""
         return self.pattern != "all_reduce"
@@ -121,12 +122,10 @@ def allocate(kernel: Kernel, x: Tensor, *, group_size: int = 128, scale_layout: 
         group_size: Of ``group_fp8``.
         scale_layout: Of ``nvfp4``.
     """
+    if not kernel.quantization:
+        return Buffers(torch.empty_like(x), torch.empty_like(x) if kernel.norms else None)
     tokens, hidden = x.shape
-    found = Buffers(x.new_empty(tokens, hidden))
-    if not kernel.norms:
-        return found
-    if not kernel.quantization or kernel.norm_out:
-        found.normed = x.new_empty(tokens, hidden)
+    found = Buffers(torch.empty_like(x), torch.empty_like(x) if kernel.norm_out else None)
     if kernel.quantization == "nvfp4":
         found.quantized = x.new_empty(tokens, hidden // 2, dtype=torch.uint8)
         if scale_layout == "linear":
@@ -134,7 +133,7 @@ def allocate(kernel: Kernel, x: Tensor, *, group_size: int = 128, scale_layout: 
         else:  # the kernel leaves the padding as it is
             rows, columns = (tokens + 127) // 128 * 128, (hidden // 16 + 3) // 4 * 4
             found.scale = x.new_zeros(rows, columns, dtype=torch.uint8).view(E4M3)
-    elif kernel.quantization:
+    else:
         found.quantized = x.new_empty(tokens, hidden, dtype=E4M3)
         if kernel.quantization == "token_fp8":
             found.scale = x.new_empty(tokens, 1, dtype=torch.float32)

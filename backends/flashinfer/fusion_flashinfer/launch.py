@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusion_flashinfer.held import Ready
 from fusion_flashinfer.kernels import Kernel, allocate
 from fusion_flashinfer.unfused import unfused
-from fusion_flashinfer.workspaces import WORKSPACES, Ready
+from fusion_flashinfer.workspaces import WORKSPACES
 
 ALIGNMENT = 16
 """Bytes: the kernels load vectors of 16 and fault on other addresses."""
@@ -58,11 +59,9 @@ def launch(
     hidden = x.shape[-1]
     flat = _rows(x, hidden)
     options: dict[str, Any] = {}
-    if kernel.quantization == "group_fp8":
-        options = {"group_size": option}
-    elif kernel.quantization == "nvfp4":
-        options = {"scale_layout": option}
-    if flat.shape[0] == 0:  # a grid of no blocks is an error of CUDA; no rank has anything to send
+    if option is not None:
+        options = {"group_size" if kernel.quantization == "group_fp8" else "scale_layout": option}
+    if x.numel() == 0:  # a grid of no blocks is an error of CUDA; no rank has anything to send
         return allocate(kernel, flat, **options).shaped(kernel, x.shape[:-1])
     residual = None if residual is None else _rows(residual, hidden)
     weight = None if weight is None else _aligned(weight)
@@ -120,6 +119,6 @@ def _rows(tensor: Tensor, hidden: int) -> Tensor:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
+    if tensor.is_contiguous() and not tensor.data_ptr() % ALIGNMENT:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

@@ -44,6 +44,9 @@ def _runner(kernel: Kernel) -> Callable[..., Any]:
 
         return run
 
+    if kernel.quantization not in _SCALES and kernel.quantization not in _SCALARS:
+        return _plain_add(kernel) if kernel.adds else _plain(kernel)
+
     weight = int(kernel.adds)  # places among the arguments behind x
     scale = weight + 1 if kernel.quantization in _SCALES else None
     eps = weight + 1 + (scale is not None)
@@ -65,6 +68,43 @@ def _runner(kernel: Kernel) -> Callable[..., Any]:
         )
 
     return run_norm
+
+
+def _plain(kernel: Kernel) -> Callable[..., Any]:
+    """`_runner` where there is nothing but the norm's own arguments: spelt out, because it is called at every layer."""
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        weight_bias: float,
+        group: str,
+        max_tokens: int | None = None,
+        pdl: bool = False,
+        mnnvl: bool = False,
+    ) -> Any:
+        return launch(kernel, x, None, weight, None, eps, weight_bias, None, group, max_tokens, pdl, mnnvl)
+
+    return run
+
+
+def _plain_add(kernel: Kernel) -> Callable[..., Any]:
+    """`_plain` with a residual."""
+
+    def run(
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        weight_bias: float,
+        group: str,
+        max_tokens: int | None = None,
+        pdl: bool = False,
+        mnnvl: bool = False,
+    ) -> Any:
+        return launch(kernel, x, residual, weight, None, eps, weight_bias, None, group, max_tokens, pdl, mnnvl)
+
+    return run
 
 
 _DEFAULTS = (None, None, False, False)

@@ -9,7 +9,7 @@ import torch
 
 from fusion_core import Reason, Site
 from fusion_core.site import dtype_name
-from fusion_flashinfer.availability import capability, pattern_codes
+from fusion_flashinfer.availability import capability, multicast_off, pattern_codes
 from fusion_flashinfer.limits import LIMITS
 
 MOST_THREADS = 1024
@@ -43,6 +43,30 @@ class KernelPresent:
 
     def __str__(self) -> str:
         return f"FlashInfer's {self.name}"
+
+
+@dataclass(frozen=True)
+class MulticastAllowed:
+    """The environment leaves NVLink multicast on, which FlashInfer's mnnvl kernels are made of.
+
+    ``switched_off_by`` is the setting that switches it off: a part of the repr, and so of the compile-cache key.
+    """
+
+    switched_off_by: str | None
+
+    @classmethod
+    def here(cls) -> MulticastAllowed:
+        """The requirement against this process's environment."""
+        return cls(multicast_off())
+
+    def unmet(self, site: Site) -> Reason | None:
+        """What switches it off."""
+        if self.switched_off_by is None:
+            return None
+        return Reason("multicast", f"{self.switched_off_by} switches NVLink multicast off", "it on")
+
+    def __str__(self) -> str:
+        return "NVLink multicast not switched off"
 
 
 @dataclass(frozen=True)
@@ -84,7 +108,7 @@ class OneCluster:
                 self.arg,
                 "mark it static",
             )
-        vectors = max(size * tensor.dtype.itemsize // 16, 1)
+        vectors = size * tensor.dtype.itemsize // 16
         threads = vectors // math.gcd(vectors, 8)
         if threads <= MOST_THREADS:
             return None
@@ -138,7 +162,7 @@ class Measured:
             return None
         size = math.prod(map(int, tensor.shape)) * tensor.dtype.itemsize
         tokens = math.prod(map(int, tensor.shape[:-1]))
-        if size == 0 or limit.one_shot_at(size, tokens, site.world_size) is not None:
+        if limit.one_shot_at(size, tokens, site.world_size) is not None:
             return None
         found = f"{self.arg} has {size / 2**20:.3g} MiB on {site.world_size} ranks of {site.device}"
         return Reason("measured", found, f"at most {limit.most / 2**20:g} MiB, where it was measured to be faster")

@@ -19,7 +19,7 @@ from fusion_core.vocabulary.fp8 import dequantize_fp8
 from fusion_flashinfer.kernels import Kernel, allocate
 
 if TYPE_CHECKING:
-    from fusion_flashinfer.workspaces import Ready
+    from fusion_flashinfer.held import Ready
 
 EPS = 1e-5
 SCALE = 1 / 64

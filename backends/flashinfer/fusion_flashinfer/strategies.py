@@ -17,6 +17,7 @@ from fusion_flashinfer.requirements import (
     FixedTokens,
     KernelPresent,
     Measured,
+    MulticastAllowed,
     OneCluster,
 )
 
@@ -26,6 +27,9 @@ WORLD_SIZES = (2, 4, 8)
 
 LEAST_SCALE = 1 / (512 * 448)
 """Of a dynamic FP8 scale: ``trtllm_allreduce_fusion.cuh``, and the default of `quantize_token_fp8`."""
+
+UNTESTED_FP4 = "needs compute capability 10, which no machine at hand had"
+UNTESTED_MNNVL = "NVLink multicast was off on the machines at hand"
 
 
 def _implementation(kernel: Kernel, *, pdl: bool, mnnvl: bool) -> Callable[..., Any]:
@@ -66,7 +70,12 @@ def _implementation(kernel: Kernel, *, pdl: bool, mnnvl: bool) -> Callable[..., 
     return norm
 
 
-def _requirements(kernel: Kernel) -> tuple[Requirement, ...]:
+def _untested(kernel: Kernel, *, mnnvl: bool) -> str | None:
+    why = [UNTESTED_FP4] * (kernel.quantization == "nvfp4") + [UNTESTED_MNNVL] * mnnvl
+    return "; ".join(why) or None
+
+
+def _requirements(kernel: Kernel, *, mnnvl: bool) -> tuple[Requirement, ...]:
     found: list[Requirement] = [
         KernelPresent.here(kernel.symbol, kernel.code),
         WorldSize(*WORLD_SIZES),
@@ -101,6 +110,8 @@ def _requirements(kernel: Kernel) -> tuple[Requirement, ...]:
     elif kernel.quantization == "nvfp4":
         # below capability 10 the kernel's body is compiled out: zeros, and no error
         found += [Capability(10), DType("global_scale", torch.float32)]
+    if mnnvl:
+        found.append(MulticastAllowed.here())
     return tuple(found)
 
 
@@ -119,11 +130,12 @@ def _strategies() -> tuple[Strategy, ...]:
                     pattern=kernel.pattern,
                     name=f"flashinfer.{kernel.name}" + (f"_{option}" if option else ""),
                     impl=_implementation(kernel, pdl=option == "pdl", mnnvl=option == "mnnvl"),
-                    requires=_requirements(kernel),
+                    requires=_requirements(kernel, mnnvl=option == "mnnvl"),
                     worthwhile=worthwhile,
                     outputs=kernel.outputs,
                     rank=rank - kernel.norm_out,
                     option=option,
+                    untested=_untested(kernel, mnnvl=option == "mnnvl"),
                 )
             )
     return tuple(found)

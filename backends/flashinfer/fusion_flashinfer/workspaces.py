@@ -6,133 +6,31 @@ together: the same calls in the same order give them the same sizes, and `fusion
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fusion_core import Device, Reason, Status
 from fusion_core.agreement import Agreement, NoAgreement
 from fusion_core.run_time import fell_back
 from fusion_flashinfer import creation
+from fusion_flashinfer.held import Held, Key, Ready, outside, resolve
 from fusion_flashinfer.kernels import Kernel
-from fusion_flashinfer.limits import Limit, limit
+from fusion_flashinfer.limits import limit
 from fusion_flashinfer.self_check import self_check
 
 LEAST_ELEMENTS = 1 << 20
 """A workspace's smallest capacity: 16 MiB a rank at 2 ranks and 16 bits."""
 
-Key = tuple[str, bool, bool]
-T = TypeVar("T")
+MOST_FORMS = 4096
+"""Forms of calls that are remembered; a server with run-time token counts meets many."""
 
 _UNCHECKED = object()
-
-resolve: Callable[[Any], dist.ProcessGroup] = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
-
-
-class Ready:
-    """A workspace that can take a call.
-
-    Attributes:
-        handle: FlashInfer's workspace.
-        one_shot: Which of the two kernels to run; None to leave it to FlashInfer (mnnvl).
-        call: ``flashinfer.comm.allreduce_fusion``.
-    """
-
-    __slots__ = ("_held", "call", "handle", "one_shot")
-
-    def __init__(self, held: Held, one_shot: bool | None) -> None:
-        self._held = held
-        self.handle = held.handle
-        self.call = held.call
-        self.one_shot = one_shot
-
-    def zeros(self, like: Tensor) -> Tensor:
-        """Zeros of a tensor's shape and dtype, for kernels whose residual is not optional; read only."""
-        return self._held.zeros_like(like)
-
-
-@dataclass(eq=False)
-class Held:
-    """What one process group has, for one dtype class.
-
-    Attributes:
-        key: The group's name, whether the dtype is float32, whether the kernels are mnnvl's.
-        group: The process group.
-        bound: Sizes at which kernels are used.
-        handle: FlashInfer's workspace; None before it is made.
-        elements: Its capacity.
-        failure: Why there is none and will be none.
-        checked: (code, dtype, one-shot, PDL) → None where the self-check passed, else why not.
-        captured: Whether a CUDA graph may hold the handle.
-        retired: Smaller workspaces that CUDA graphs may hold.
-    """
-
-    key: Key
-    group: weakref.ref[dist.ProcessGroup]
-    rank: int
-    world_size: int
-    device: torch.device
-    bound: Limit
-    handle: Any = None
-    call: Callable[..., Any] = field(default=lambda **_: None)
-    elements: int = 0
-    failure: Reason | None = None
-    checked: dict[tuple[Any, ...], Reason | None] = field(default_factory=dict)
-    captured: bool = False
-    retired: list[Any] = field(default_factory=list)
-    zeros: dict[torch.dtype, Tensor] = field(default_factory=dict)
-    ready: dict[bool | None, Ready] = field(default_factory=dict)
-    stream: torch.cuda.Stream | None = None
-    stream_id: int = -1
-
-    @property
-    def alive(self) -> bool:
-        """Whether the group of this name is still the one that this was made for."""
-        try:
-            return resolve(self.key[0]) is self.group()
-        except (RuntimeError, LookupError):
-            return False
-
-    def zeros_like(self, like: Tensor) -> Tensor:
-        """Zeros of a tensor's shape and dtype out of one buffer that is as large as the workspace takes."""
-        found = self.zeros.get(like.dtype)
-        if found is None or found.numel() < like.numel():
-            if creation.capturing():
-                return torch.zeros_like(like)
-            found = outside(lambda: creation.zeros(self.elements, like.dtype, self.device))
-            self.zeros[like.dtype] = found
-        return found[: like.numel()].view(like.shape)
-
-    def follow(self, stream_id: int) -> None:
-        """Have the current stream wait for the one that used the workspace before: its flags allow one call at a time.
-
-        CUDA graphs that are replayed on two streams at once are the caller's to order.
-        """
-        if creation.capturing():
-            return
-        current = torch.cuda.current_stream(self.device)
-        if self.stream is not None:
-            current.wait_stream(self.stream)
-        self.stream, self.stream_id = current, stream_id
-
-    def release(self) -> None:
-        """Give the memory back."""
-        handles = [*self.retired, *([] if self.handle is None else [self.handle])]
-        self.handle, self.elements = None, 0
-        self.retired.clear()
-        self.zeros.clear()
-        self.ready.clear()
-        for handle in handles:
-            creation.free(handle)
 
 
 class Workspaces:
@@ -140,6 +38,7 @@ class Workspaces:
 
     def __init__(self) -> None:
         self._held: dict[Key, Held] = {}
+        self._ready: dict[tuple[Any, ...], Ready] = {}  # forms of calls that have been decided, and can be run
         self._lock = threading.RLock()
         self._number: dict[str, itertools.count[int]] = {}
 
@@ -156,14 +55,28 @@ class Workspaces:
             pdl: Whether with programmatic dependent launch.
             mnnvl: Whether with multicast kernels.
         """
+        form = (kernel.code, group, x.dtype, x.shape, max_tokens, pdl, mnnvl)
+        found = self._ready.get(form)
+        if found is None or resolve(group) is not found.held.group():
+            found = self._decide(kernel, x, group, max_tokens, pdl, mnnvl)
+            if found is None:
+                return None
+            if len(self._ready) >= MOST_FORMS:
+                self._ready.clear()
+            self._ready[form] = found
+        found.enter()
+        return found
+
+    def _decide(
+        self, kernel: Kernel, x: Tensor, group: str, max_tokens: int | None, pdl: bool, mnnvl: bool
+    ) -> Ready | None:
         key = (group, x.dtype is torch.float32, mnnvl)
         held = self._held.get(key)
         if held is None or not held.alive:
             held = self._open(key, x.device)
         if held.failure is not None:
             return None
-        tokens = x.shape[0]
-        size = x.numel()
+        tokens, size = x.shape[0], x.numel()
         one_shot = held.bound.one_shot_at(size * x.dtype.itemsize, tokens, held.world_size)
         if one_shot is None or (max_tokens is not None and tokens > max_tokens):
             return None
@@ -175,15 +88,7 @@ class Workspaces:
             return None
         if (size > held.elements or verdict is _UNCHECKED) and not self._prepare(held, kernel, x, max_tokens, check):
             return None
-        stream_id = creation.stream_id(held.device)
-        if stream_id != held.stream_id:
-            held.follow(stream_id)
-        if not held.captured and creation.capturing():
-            held.captured = True
-        found = held.ready.get(one_shot)
-        if found is None:
-            found = held.ready[one_shot] = Ready(held, one_shot)
-        return found
+        return Ready(held, one_shot)
 
     def status(self) -> Iterator[Status]:
         """One line for each workspace of this process."""
@@ -192,24 +97,25 @@ class Workspaces:
             group, wide, mnnvl = held.key
             kind = "mnnvl" if mnnvl else "trtllm"
             subject = f"{kind} workspace of group {group}, {held.world_size} ranks, {32 if wide else 16} bits"
-            handles = [*held.retired, held.handle]
-            memory = sum(creation.memory(handle) for handle in handles if handle is not None)
-            memory += sum(zeros.nbytes for zeros in held.zeros.values())
             failed = [str(reason) for reason in held.checked.values() if reason is not None]
             state = str(held.failure) if held.failure is not None else "; ".join(failed) or "in use"
-            yield Status(subject, memory, state)
+            yield Status(subject, held.memory, state)
 
     def release(self, group: str | None = None) -> None:
         """Give back the memory of one group's workspaces, or of all; CUDA graphs that hold them must be gone."""
         with self._lock:
             for key in [key for key in self._held if group in (None, key[0])]:
-                self._held.pop(key).release()
+                self._drop(key)
 
     def _sweep(self) -> None:
         """Give back what groups that were destroyed left: torch keeps the group of a compiled graph as an object."""
         with self._lock:
             for key in [key for key, held in self._held.items() if not held.alive]:
-                self._held.pop(key).release()
+                self._drop(key)
+
+    def _drop(self, key: Key) -> None:
+        self._ready.clear()
+        self._held.pop(key).release()
 
     def _open(self, key: Key, device: torch.device) -> Held:
         """The entry of a group."""
@@ -289,15 +195,9 @@ class Workspaces:
             if made is not None:
                 creation.free(made)
             return reason
-        old, held.handle, held.elements = held.handle, made, tokens * hidden
-        held.call = creation.call()
-        held.zeros.clear()
-        held.ready.clear()
-        if old is not None and held.captured:
-            held.retired.append(old)
-        elif old is not None:
-            creation.free(old)  # every rank has come past its last use: they have just voted
-        held.captured = False
+        # every rank has come past its last use of the old one: they have just voted
+        self._ready.clear()
+        held.replace(made, tokens * hidden)
         return None
 
     def _agreement(self, held: Held, subject: str, timeout: float) -> Agreement:
@@ -318,25 +218,7 @@ def _forget(workspaces: weakref.ref[Workspaces], key: Key) -> None:
     found = workspaces()
     held = None if found is None else found._held.get(key)
     if found is not None and held is not None and held.group() is None:
-        found._held.pop(key).release()
-
-
-def outside(work: Callable[[], T]) -> T:
-    """Run on a thread of our own, where the caller's memory pool, stream and autograd modes do not reach.
-
-    Inductor warms a graph up with its memory in the graph's pool; what outlives the graph must not lie there.
-    """
-    if getattr(_inside, "yes", False):
-        return work()
-    return _thread().submit(work).result()
-
-
-_inside = threading.local()
-
-
-@functools.cache
-def _thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "fusion_flashinfer", initializer=lambda: setattr(_inside, "yes", True))
+        found._drop(key)
 
 
 WORKSPACES = Workspaces()

@@ -1,0 +1,166 @@
+"""What one process group has of FlashInfer's: a workspace for one dtype class, and what is known of it."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusion_core import Reason
+from fusion_flashinfer import creation
+from fusion_flashinfer.limits import Limit
+
+Key = tuple[str, bool, bool]
+T = TypeVar("T")
+
+resolve: Callable[[Any], dist.ProcessGroup] = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+
+
+class Ready:
+    """A workspace that takes calls of one form.
+
+    Attributes:
+        held: What it belongs to.
+        handle: FlashInfer's workspace.
+        one_shot: Which of the two kernels to run; None to leave it to FlashInfer (mnnvl).
+        call: ``flashinfer.comm.allreduce_fusion``.
+    """
+
+    __slots__ = ("_on_gpu", "call", "handle", "held", "one_shot")
+
+    def __init__(self, held: Held, one_shot: bool | None) -> None:
+        self.held = held
+        self.handle = held.handle
+        self.call = held.call
+        self.one_shot = one_shot
+        self._on_gpu = held.device.type == "cuda"
+
+    def enter(self) -> None:
+        """Before each call: wait for another stream's, and note whether a CUDA graph keeps this one."""
+        held = self.held
+        if self._on_gpu:
+            stream_id = torch._C._cuda_getCurrentRawStream(held.device.index)
+            if stream_id != held.stream_id:
+                held.follow(stream_id)
+        if not held.captured and creation.capturing():
+            held.captured = True
+
+    def zeros(self, like: Tensor) -> Tensor:
+        """Zeros of a tensor's shape and dtype, for kernels whose residual is not optional; read only."""
+        return self.held.zeros_like(like)
+
+
+@dataclass(eq=False)
+class Held:
+    """What one process group has, for one dtype class.
+
+    Attributes:
+        key: The group's name, whether the dtype is float32, whether the kernels are mnnvl's.
+        group: The process group.
+        bound: Sizes at which kernels are used.
+        handle: FlashInfer's workspace; None before it is made.
+        elements: Its capacity.
+        failure: Why there is none and will be none.
+        checked: (code, dtype, one-shot, PDL) → None where the self-check passed, else why not.
+        captured: Whether a CUDA graph may hold the handle.
+        retired: Smaller workspaces, and their zeros, that CUDA graphs may hold.
+    """
+
+    key: Key
+    group: weakref.ref[dist.ProcessGroup]
+    rank: int
+    world_size: int
+    device: torch.device
+    bound: Limit
+    handle: Any = None
+    call: Callable[..., Any] = field(default=lambda **_: None)
+    elements: int = 0
+    failure: Reason | None = None
+    checked: dict[tuple[Any, ...], Reason | None] = field(default_factory=dict)
+    captured: bool = False
+    retired: list[tuple[Any, list[Tensor]]] = field(default_factory=list)
+    zeros: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    stream: torch.cuda.Stream | None = None
+    stream_id: int = -1
+
+    @property
+    def alive(self) -> bool:
+        """Whether the group of this name is still the one that this was made for."""
+        try:
+            return resolve(self.key[0]) is self.group()
+        except (RuntimeError, LookupError):
+            return False
+
+    def zeros_like(self, like: Tensor) -> Tensor:
+        """Zeros of a tensor's shape and dtype out of one buffer that is as large as the workspace takes."""
+        found = self.zeros.get(like.dtype)
+        if found is None or found.numel() < like.numel():
+            if creation.capturing():
+                return torch.zeros_like(like)
+            found = outside(lambda: creation.zeros(self.elements, like.dtype, self.device))
+            self.zeros[like.dtype] = found
+        return found[: like.numel()].view(like.shape)
+
+    def follow(self, stream_id: int) -> None:
+        """Have the current stream wait for the one that used the workspace before: its flags allow one call at a time.
+
+        CUDA graphs that are replayed on two streams at once are the caller's to order.
+        """
+        if creation.capturing():
+            return
+        current = torch.cuda.current_stream(self.device)
+        if self.stream is not None:
+            current.wait_stream(self.stream)
+        self.stream, self.stream_id = current, stream_id
+
+    def replace(self, made: Any, elements: int) -> None:
+        """Take a new workspace; the old one is kept where a graph may hold it, else given back."""
+        old, zeros = self.handle, list(self.zeros.values())
+        self.handle, self.elements, self.call = made, elements, creation.call()
+        self.zeros.clear()
+        if old is not None and self.captured:
+            self.retired.append((old, zeros))
+        elif old is not None:
+            creation.free(old)
+        self.captured = False
+
+    @property
+    def memory(self) -> int:
+        """Bytes of GPU memory."""
+        owned = [*self.retired, *([] if self.handle is None else [(self.handle, list(self.zeros.values()))])]
+        return sum(creation.memory(handle) + sum(each.nbytes for each in zeros) for handle, zeros in owned)
+
+    def release(self) -> None:
+        """Give the memory back."""
+        handles = [handle for handle, _ in self.retired] + ([] if self.handle is None else [self.handle])
+        self.handle, self.elements = None, 0
+        self.retired.clear()
+        self.zeros.clear()
+        for handle in handles:
+            creation.free(handle)
+
+
+def outside(work: Callable[[], T]) -> T:
+    """Run on a thread of our own, where the caller's memory pool, stream and autograd modes do not reach.
+
+    Inductor warms a graph up with its memory in the graph's pool; what outlives the graph must not lie there.
+    """
+    if getattr(_inside, "yes", False):
+        return work()
+    return _thread().submit(work).result()
+
+
+_inside = threading.local()
+
+
+@functools.cache
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "fusion_flashinfer", initializer=lambda: setattr(_inside, "yes", True))

@@ -1,0 +1,125 @@
+"""Both sides of FlashInfer's own requirements, for the conformance kit, which imports this by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fusion_core import Device, Site
+from fusion_core.testing import Sides, sides
+from fusion_flashinfer.limits import LIMITS
+from fusion_flashinfer.requirements import (
+    MOST_THREADS,
+    Capability,
+    DTypeAttribute,
+    FixedTokens,
+    KernelPresent,
+    Measured,
+    MulticastAllowed,
+    OneCluster,
+)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@sides.register
+def _(requirement: KernelPresent, site: Site) -> Sides:
+    return _all_or_none(requirement.installed == requirement.code, site)
+
+
+@sides.register
+def _(requirement: MulticastAllowed, site: Site) -> Sides:
+    return _all_or_none(requirement.switched_off_by is None, site)
+
+
+def _all_or_none(met: bool, site: Site) -> Sides:
+    """Of a requirement that hangs on the machine alone."""
+    return Sides((site,), ()) if met else Sides((), (site,))
+
+
+@sides.register
+def _(requirement: Capability, site: Site) -> Sides:
+    least = requirement.least
+    return Sides(
+        tuple(_on(site, f"sm_{major}0") for major in (least, least + 2)),
+        (*(_on(site, arch) for arch in (f"sm_{least - 1}0", f"sm_{least - 1}9", "gfx1200")), _on(site, "")),
+    )
+
+
+@sides.register
+def _(requirement: OneCluster, site: Site) -> Sides:
+    arg, most = requirement.arg, MOST_THREADS
+    tensor = site.inputs[arg]
+    vector = 16 // tensor.dtype.itemsize
+    size = tensor.shape[-1] if tensor.shape else 1
+    # in vectors of 16 bytes; blocks of one cluster share them where 8 divides them, or 4, or 2
+    met = (45, most - 1, most, 2 * (most - 1), 8 * most)
+    unmet = (most + 1, 2 * (most + 1), 4 * (most + 1), 8 * (most + 1))
+    return Sides(
+        (*(_sized(site, arg, (4, each)) for each in (size, *(vector * count for count in met))), _sized(site, arg, ())),
+        tuple(_sized(site, arg, (4, vector * count)) for count in unmet),
+    )
+
+
+@sides.register
+def _(requirement: DTypeAttribute, site: Site) -> Sides:
+    own = site.inputs[requirement.arg].dtype
+    allowed = (None, own, *requirement.others)
+    others = [dtype for dtype in DTYPES if dtype not in allowed]
+    absent = {name: value for name, value in site.attributes.items() if name != requirement.name}
+
+    def given(values: Iterable[Any]) -> tuple[Site, ...]:
+        return tuple(replace(site, attributes={**absent, requirement.name: value}) for value in values)
+
+    return Sides((*given(allowed), replace(site, attributes=absent)), given(others))
+
+
+@sides.register
+def _(requirement: Measured, site: Site) -> Sides:
+    arg = requirement.arg
+    tensor = site.inputs[arg]
+    hidden = int(tensor.shape[-1]) if tensor.shape else 1
+    row = hidden * tensor.dtype.itemsize
+    met, unmet = [], []
+    for (arch, ranks), limit in LIMITS.items():
+        here = replace(_on(site, arch), world_size=ranks)
+        met += [_sized(here, arg, (size // row, hidden)) for size in (0, row, limit.one_shot, limit.most)]
+        met.append(_unknown(here, arg))  # the operator looks when it runs
+        unmet.append(_sized(here, arg, (limit.most // row + 1, hidden)))
+        if limit.one_shot < limit.most:  # two-shot, which takes more rows than ranks
+            wide = limit.one_shot // (ranks * tensor.dtype.itemsize) + 8
+            met.append(_sized(here, arg, (ranks + 1, wide)))
+            unmet.append(_sized(here, arg, (ranks, wide)))
+    measured = {ranks for _, ranks in LIMITS}
+    unmet += [replace(_on(site, "sm_90"), world_size=ranks) for ranks in (1, 3, 16) if ranks not in measured]
+    unmet += [replace(_on(site, arch), world_size=2) for arch in ("sm_89", "gfx942", "")]
+    return Sides(tuple(met), tuple(unmet))
+
+
+@sides.register
+def _(requirement: FixedTokens, site: Site) -> Sides:
+    tensor = site.inputs[requirement.arg]
+    return Sides((_sized(site, requirement.arg, (4, *tensor.shape[-1:])),), (_unknown(site, requirement.arg),))
+
+
+def _unknown(site: Site, arg: str) -> Site:
+    """The site with a number of rows that is known only at run time."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it brings sympy
+
+    tensor = site.inputs[arg]
+    shape = (ShapeEnv().create_unbacked_symint(), *tensor.shape[-1:])
+    return replace(site, inputs={**site.inputs, arg: replace(tensor, shape=shape, stride=None)})
+
+
+def _on(site: Site, arch: str) -> Site:
+    return replace(site, device=Device("cuda", arch) if arch else Device("cpu"))
+
+
+def _sized(site: Site, arg: str, shape: tuple[Any, ...]) -> Site:
+    """The site with a contiguous tensor of another shape."""
+    strides = tuple(int(torch.Size(shape[place + 1 :]).numel()) for place in range(len(shape)))
+    tensor = replace(site.inputs[arg], shape=shape, stride=strides)
+    return replace(site, inputs={**site.inputs, arg: tensor})

@@ -6,6 +6,8 @@ by what right spellings of one computation differ in:
 
 - one rounding in the output's dtype, of the row's largest value, for rounding at another place;
 - four roundings in float32, in which a norm is computed, for another order of its sum;
+- for a scale, one rounding in x's dtype of a norm that nothing else reads: kernels quantise the norm as they would have
+  given it, and the codes, which belong to that scale, are held to the definition's own error all the same;
 - one smallest normal number of the output's dtype, since GPUs flush what is below.
 
 The definition's error is the largest over the runs that it is given: with the ranks in every cyclic order, as the
@@ -100,6 +102,9 @@ def excess(
                 _worst(f"{name}, dequantised", values[0], values[1:], exact, (dtype,), _code_step(step, arguments))
             )
         elif result[name].dtype == torch.float32 and arguments.get("scale_format", "float32") == "float32":
+            given = arguments["x"].dtype
+            if source not in names and torch.finfo(given).eps > torch.finfo(dtype).eps:
+                dtype = given
             found.append(
                 _worst(
                     name, result[name], [d[name] for d in definitions], oracle[name].double(), (dtype, torch.float32)

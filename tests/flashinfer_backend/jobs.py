@@ -8,17 +8,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.run_time import fallen_back
 from fusion_flashinfer import creation, limits, workspaces
-from fusion_flashinfer.kernels import KERNELS, Buffers
-from fusion_flashinfer.self_check import _distance, self_check
+from fusion_flashinfer.kernels import KERNELS
+from fusion_flashinfer.self_check import self_check
 from fusion_flashinfer.workspaces import WORKSPACES
 from tests.flashinfer_backend import stand_in
+from tests.flashinfer_backend.one_call import BY_NAME, inputs, run
 
 stand_in.install()
-
-BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
 
 def fresh(**limit: int) -> None:
@@ -29,51 +27,6 @@ def fresh(**limit: int) -> None:
     stand_in.multicast = False
     bound = limits.Limit(**limit) if limit else limits.Limit(1 << 20, 1 << 24)
     workspaces.limit = lambda arch, world_size: bound  # type: ignore[assignment]
-
-
-def inputs(kernel: Any, tokens: int, hidden: int, dtype: torch.dtype, bias: float, rank: int) -> dict[str, Any]:
-    """Arguments of a pattern, its x different on every rank."""
-    own, common = torch.Generator().manual_seed(rank + 7 * tokens), torch.Generator().manual_seed(tokens)
-    found: dict[str, Any] = {"x": torch.randn(tokens, hidden, generator=own).to(dtype)}
-    if not kernel.norms:
-        return found
-    if kernel.adds:
-        found["residual"] = torch.randn(tokens, hidden, generator=common).to(dtype)
-    found["weight"] = (torch.rand(hidden, generator=common) + 0.5 - bias).to(dtype)
-    if kernel.quantization == "static_fp8":
-        found["scale"] = torch.full((1,), 1 / 64)
-    found |= {"eps": 1e-5, "weight_bias": bias}
-    if kernel.quantization == "group_fp8":
-        found["group_size"] = 128
-    return found
-
-
-def run(name: str, tokens: int = 4, hidden: int = 256, dtype: torch.dtype = torch.bfloat16, *, bias: float = 0.0,
-        group: str | None = None, max_tokens: int | None = None, lead: tuple[int, ...] = (), pdl: bool = False) -> float:  # fmt: skip
-    """One call of an operator: its distance from float64, in units of what its dtypes allow."""
-    kernel = BY_NAME[name]
-    group = group or dist.group.WORLD.group_name
-    rank = dist.distributed_c10d._resolve_process_group(group).rank()
-    given = inputs(kernel, tokens, hidden, dtype, bias, rank)
-    shaped = [
-        v.view(*lead, hidden) if lead and isinstance(v, torch.Tensor) and v.dim() == 2 else v for v in given.values()
-    ]
-    before = [each.clone() for each in shaped if isinstance(each, torch.Tensor)]
-    operator = getattr(torch.ops.fusion_flashinfer, name)
-    returned = operator(*shaped, group, max_tokens, pdl)
-    after = [each for each in shaped if isinstance(each, torch.Tensor)]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "an input was written"
-    returned = returned if isinstance(returned, tuple) else (returned,)
-    results = dict(zip(kernel.outputs, returned, strict=True))
-    if lead:
-        assert all(r.shape[:-1] == lead for n, r in results.items() if not (n == "scale" and "group" in name))
-        results = {n: r if r.dim() == 2 else r.reshape(tokens, -1) for n, r in results.items()}
-    pattern = next(each for each in CORE_PATTERNS if each.name == kernel.pattern)
-    arguments = {n: v.double() if isinstance(v, torch.Tensor) and n != "scale" else v for n, v in given.items()}
-    exact = pattern.function(**arguments, group=group)
-    expected = dict(zip(pattern.outputs, exact if isinstance(exact, tuple) else (exact,), strict=True))
-    found = Buffers(results[kernel.outputs[-1]], results.get("normed"), results.get("quantized"), results.get("scale"))
-    return _distance(kernel, found, expected, given.get("scale"))
 
 
 def all_kernels(rows: list[tuple[int, int]], dtypes: list[torch.dtype]) -> list[str]:

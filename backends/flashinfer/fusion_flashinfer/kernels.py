@@ -80,12 +80,16 @@ KERNELS = _kernels()
 
 @dataclass(slots=True)
 class Buffers:
-    """What one call writes; None for what its kernel does not give."""
+    """What one call writes; None for what its kernel does not give.
+
+    ``scale_has_own_rows`` for packed and swizzled scales, whose memory has no view with x's leading dimensions.
+    """
 
     total: Tensor
     normed: Tensor | None = None
     quantized: Tensor | None = None
     scale: Tensor | None = None
+    scale_has_own_rows: bool = False
 
     def shaped(self, kernel: Kernel, lead: Sequence[int | torch.SymInt]) -> Any:
         """The results in the kernel's order, with the input's leading dimensions."""
@@ -102,9 +106,7 @@ class Buffers:
             results.append(self.total)
         if len(lead) != 1:
             results = [
-                # packed and swizzled scales have rows of their own
-                each if each is self.scale and kernel.quantization in ("group_fp8", "nvfp4") else _unflat(each, lead)
-                for each in results
+                each if self.scale_has_own_rows and each is self.scale else _unflat(each, lead) for each in results
             ]
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -131,6 +133,7 @@ def allocate(kernel: Kernel, x: Tensor, *, group_size: int = 128, scale_layout: 
         if scale_layout == "linear":
             found.scale = x.new_empty(tokens, hidden // 16, dtype=E4M3)
         else:  # the kernel leaves the padding as it is
+            found.scale_has_own_rows = True
             rows, columns = (tokens + 127) // 128 * 128, (hidden // 16 + 3) // 4 * 4
             found.scale = x.new_zeros(rows, columns, dtype=torch.uint8).view(E4M3)
     else:
@@ -138,6 +141,7 @@ def allocate(kernel: Kernel, x: Tensor, *, group_size: int = 128, scale_layout: 
         if kernel.quantization == "token_fp8":
             found.scale = x.new_empty(tokens, 1, dtype=torch.float32)
         elif kernel.quantization == "group_fp8":
+            found.scale_has_own_rows = True
             packed = (hidden // group_size + 3) // 4
             found.scale = x.new_empty_strided((tokens, packed), (1, (tokens + 3) // 4 * 4), dtype=torch.int32)
     return found

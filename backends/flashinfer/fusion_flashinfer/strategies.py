@@ -28,7 +28,7 @@ WORLD_SIZES = (2, 4, 8)
 LEAST_SCALE = 1 / (512 * 448)
 """Of a dynamic FP8 scale: ``trtllm_allreduce_fusion.cuh``, and the default of `quantize_token_fp8`."""
 
-UNTESTED_FP4 = "needs compute capability 10, which no machine at hand had"
+UNTESTED_FP4 = "no GPU of compute capability 10 was at hand"
 UNTESTED_MNNVL = "NVLink multicast was off on the machines at hand"
 
 
@@ -75,13 +75,19 @@ def _untested(kernel: Kernel, *, mnnvl: bool) -> str | None:
     return "; ".join(why) or None
 
 
+def _in_x_dtype(kernel: Kernel) -> tuple[str, ...]:
+    """The tensors that a kernel reads and writes in x's dtype."""
+    inputs = ("residual",) * kernel.adds + ("weight",) * kernel.norms
+    return (*inputs, *(name for name in kernel.outputs if name not in ("quantized", "scale")))
+
+
 def _requirements(kernel: Kernel, *, mnnvl: bool) -> tuple[Requirement, ...]:
     found: list[Requirement] = [
         KernelPresent.here(kernel.symbol, kernel.code),
         WorldSize(*WORLD_SIZES),
         DType("x", *HALVES, *(() if kernel.quantization else (torch.float32,))),
         # the kernels read every tensor in x's dtype; another one would be garbage without an error (vLLM#48324)
-        SameDType("x", "residual", "weight", "normed", "residual_out", "reduced"),
+        SameDType("x", *_in_x_dtype(kernel)),
         # loads of 16 bytes; 8 elements, so that one rule does for all dtypes. NVFP4 has blocks of 16
         MultipleOf("x", dim=-1, of=16 if kernel.quantization == "nvfp4" else 8),
         OneCluster("x"),

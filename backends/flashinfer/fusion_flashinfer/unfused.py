@@ -47,9 +47,11 @@ def unfused(
     elif kernel.quantization == "token_fp8":
         found.quantized, found.scale = quantize_token_fp8(normed)
     elif kernel.quantization == "group_fp8":
+        found.scale_has_own_rows = True
         found.quantized, found.scale = quantize_group_fp8(normed, scale_format="ue8m0_packed", **options)
     elif kernel.quantization == "nvfp4":
         assert scale is not None
+        found.scale_has_own_rows = options["scale_layout"] != "linear"
         found.quantized, found.scale = quantize_nvfp4(normed, scale, **options)
     return found
 

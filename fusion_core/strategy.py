@@ -39,6 +39,7 @@ class Strategy:
         rank: Orders strategies of one backend and one pattern; the highest comes first.
         option: Name of an option without which it is not used, a word of letters, digits and underscores; the user
             switches it on as ``"<backend>.<option>"`` in `FusionConfig.options`. None where it needs none.
+        untested: Why nobody has run it on hardware yet; None where somebody has. The support table says it.
 
     Example:
         >>> from fusion_core import DType, MultipleOf, TensorMeta
@@ -61,6 +62,7 @@ class Strategy:
     outputs: tuple[str, ...] | None = None
     rank: int = 0
     option: str | None = None
+    untested: str | None = None
 
     @property
     def backend(self) -> str:

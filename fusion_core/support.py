@@ -14,7 +14,8 @@ def support_table(registry: Registry) -> str:
     """The support table as Markdown, without a trailing newline.
 
     A row for each pattern, a column for each backend in the order in which they are tried. A cell says what the
-    backend requires of a place: "any" where nothing, "—" where it has no strategy for the pattern.
+    backend requires of a place: "any" where nothing, "—" where it has no strategy for the pattern. Of several
+    strategies it says first what all of them require, then what each requires beside that.
     """
     rows = [["pattern", *registry.backends], ["---"] * (1 + len(registry.backends))]
     for pattern, cells in support_cells(registry).items():
@@ -23,7 +24,7 @@ def support_table(registry: Registry) -> str:
 
 
 def support_cells(registry: Registry) -> dict[str, dict[str, dict[str, list[str]]]]:
-    """Pattern → backend → strategy → what it requires, as plain JSON types."""
+    """Pattern → backend → strategy → what it requires, its option and whether it is untested; plain JSON types."""
     return {
         pattern.name: {
             backend.name: {
@@ -38,11 +39,23 @@ def support_cells(registry: Registry) -> dict[str, dict[str, dict[str, list[str]
 
 
 def _requires(strategy: Strategy, pattern: Pattern) -> list[str]:
-    return list(dict.fromkeys(str(requirement) for requirement in (*strategy.requires, *strategy.implied(pattern))))
+    said = [str(requirement) for requirement in (*strategy.requires, *strategy.implied(pattern))]
+    said += [f"option {strategy.switch}"] if strategy.switch is not None else []
+    said += [f"untested on hardware: {strategy.untested}"] if strategy.untested is not None else []
+    return list(dict.fromkeys(said))
 
 
 def _markdown(strategies: dict[str, list[str]]) -> str:
-    texts = {name: "; ".join(requires).replace("|", "\\|") or ANY for name, requires in strategies.items()}
-    if len(texts) < 2:
-        return next(iter(texts.values()), NONE)
-    return "<br>".join(f"`{name}`: {text}" for name, text in texts.items())
+    if len(strategies) < 2:
+        return next(map(_text, strategies.values()), NONE)
+    first, *others = strategies.values()
+    common = [each for each in first if all(each in other for other in others)]
+    lines = [_text(common)] if common else []
+    for name, requires in strategies.items():
+        own = [each for each in requires if each not in common]
+        lines.append(f"`{name}`: {_text(own) if own or not common else 'nothing else'}")
+    return "<br>".join(lines)
+
+
+def _text(requires: list[str]) -> str:
+    return "; ".join(requires).replace("|", "\\|") or ANY

@@ -70,7 +70,7 @@ def sides(requirement: Requirement, site: Site) -> Sides:
     raise NoSides(
         f"requirement {requirement} is a {type(requirement).__module__}.{name}, of which the kit does not know the two "
         f"sides; needs a function from (requirement: {name}, site: Site) to Sides(met, unmet) under "
-        "@fusion_core.testing.sides.register, in the test file or beside the class"
+        "@fusion_core.testing.sides.register, in the module testing of the backend's package"
     )
 
 

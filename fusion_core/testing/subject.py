@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
+import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
+from types import ModuleType
+from typing import Any
 
 from fusion_core.config import FusionConfig
+from fusion_core.errors import BackendError
 from fusion_core.patterns.definition import Pattern
 from fusion_core.registry import GROUP, Registry
 from fusion_core.requirements import Requirement
@@ -62,17 +68,35 @@ class Subject:
 
 @functools.cache
 def load(backend: str, entry_point: str | None = None) -> Registry:
-    """A registry of one backend.
+    """A registry of one backend, and the module ``testing`` of its package imported where there is one.
 
     Raises:
-        BackendError: where it is not installed or does not load, with the reason.
+        BackendError: where it is not installed or does not load, with the reason; or its module ``testing`` does not.
     """
     # the kit's FUSION_CORE_STRICT is about skips, not about other plugins that happen to be broken here; the options
     # of FUSION_CORE_OPTIONS may be those of backends that are not here
     config = FusionConfig(order=(backend,), strict=False, options=())
     if entry_point is None:
-        return Registry.load(config)
-    return Registry.of([EntryPoint(backend, entry_point, GROUP)], config)
+        registry = Registry.load(config)
+    else:
+        registry = Registry.of([EntryPoint(backend, entry_point, GROUP)], config)
+    if backend in registry.backends:
+        _import_testing(backend, registry.backends[backend].plugin)
+    return registry
+
+
+def _import_testing(backend: str, plugin: Any) -> None:
+    """Import ``<package>.testing`` beside a plugin, where it says the sides of requirements of its own."""
+    module = plugin if isinstance(plugin, ModuleType) else sys.modules.get(type(plugin).__module__)
+    package = getattr(module, "__package__", None)
+    if not package or package.partition(".")[0] == "fusion_core":
+        return
+    name = f"{package}.testing"
+    try:
+        if importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
+    except Exception as error:
+        raise BackendError(f"importing {name} of backend {backend!r} raised {type(error).__name__}: {error}") from error
 
 
 def subjects(backend: str, entry_point: str | None = None, examples: int | None = None) -> tuple[Subject, ...]:

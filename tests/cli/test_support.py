@@ -54,3 +54,23 @@ def test_nothing_required_and_no_strategy(registry):
 
 def test_several_strategies_come_by_rank(registry):
     assert _cells(registry, "all_reduce")["acme"] == "`acme.fast`: world size 2 or 4<br>`acme.slow`: any"
+
+
+def test_what_all_of_them_require_is_said_once(monkeypatch):
+    acme = types.ModuleType("acme_plugin")
+    common = (DType("x", torch.bfloat16), MultipleOf("x", dim=-1, of=8))
+    acme.fusion_strategies = hookimpl(
+        lambda: [
+            Strategy("all_reduce", "acme.plain", _sum, common),
+            Strategy("all_reduce", "acme.fast", _sum, (*common, WorldSize(2)), rank=1, option="fast"),
+            Strategy("all_reduce", "acme.new", _sum, common, rank=2, untested="no Acme 2 was at hand"),
+        ]
+    )
+    monkeypatch.setitem(__import__("sys").modules, "acme_plugin", acme)
+    declared = Registry.of([EntryPoint("acme", "acme_plugin", GROUP)], FusionConfig())
+    assert _cells(declared, "all_reduce")["acme"] == (
+        "x in bfloat16; x.shape[-1] a multiple of 8"
+        "<br>`acme.new`: untested on hardware: no Acme 2 was at hand"
+        "<br>`acme.fast`: world size 2; option acme.fast"
+        "<br>`acme.plain`: nothing else"
+    )

@@ -54,7 +54,7 @@ def test_a_backend_that_refuses_everything_fails_with_its_reason(run, monkeypatc
     ("arguments", "why"),
     [
         (("verify", "nobody"), "order names backend 'nobody', which is not installed"),
-        (("verify", "flashinfer"), "backend 'flashinfer' has no strategies"),
+        (("verify", "aiter"), "backend 'aiter' has no strategies"),
         (
             ("verify", "reference", "--check", "is_nice"),
             "--check is is_nice, needs names among accepts_its_own_example",

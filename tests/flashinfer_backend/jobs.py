@@ -22,16 +22,17 @@ stand_in.install()
 def fresh(**limit: int) -> None:
     """Forget what an earlier test left; use the kernels up to these sizes."""
     WORKSPACES.release()
-    for names in (stand_in.fails_to_create, stand_in.wrong, stand_in.calls, stand_in.alive):
+    for names in (stand_in.fails_to_create, stand_in.wrong, stand_in.calls, stand_in.past, stand_in.alive):
         names.clear()
-    stand_in.multicast = False
+    stand_in.multicast = stand_in.moved = False
     bound = limits.Limit(**limit) if limit else limits.Limit(1 << 20, 1 << 24)
     workspaces.limit = lambda arch, world_size: bound  # type: ignore[assignment]
 
 
-def all_kernels(rows: list[tuple[int, int]], dtypes: list[torch.dtype]) -> list[str]:
+def all_kernels(rows: list[tuple[int, int]], dtypes: list[torch.dtype], moved: bool = False) -> list[str]:
     """Every kernel that this machine could have, at these sizes: what is off."""
     fresh()
+    stand_in.moved = moved
     off = []
     for kernel in KERNELS:
         if kernel.quantization == "nvfp4":
@@ -43,6 +44,7 @@ def all_kernels(rows: list[tuple[int, int]], dtypes: list[torch.dtype]) -> list[
                         continue
                     if (distance := run(kernel.name, tokens, hidden, dtype, bias=bias)) > 1:
                         off.append(f"{kernel.name} {tokens}x{hidden} {dtype} bias {bias}: {distance}")
+    assert len(stand_in.past) == (0 if moved else len(stand_in.calls))
     assert {call.pattern for call in stand_in.calls} == {0, 1, 2, 4, 8, 9, 10, 11}, state()
     return off
 

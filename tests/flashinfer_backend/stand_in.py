@@ -29,6 +29,10 @@ alive: list[TRTLLMAllReduceFusionWorkspace] = []
 """Workspaces that hold memory: as in FlashInfer, until they are destroyed *and* taken out of its table."""
 calls: list[SimpleNamespace] = []
 """Every call of a kernel."""
+past: list[int] = []
+"""Calls past the public function."""
+moved = False
+"""Whether the function below the public one has other parameters than it had in 0.7.2."""
 multicast = False
 """Whether new workspaces use multicast, as under confidential computing."""
 
@@ -48,6 +52,7 @@ class TRTLLMAllReduceFusionWorkspace:
         comm_backend.barrier()
         self.world_size, self.rank = size, rank
         self.group_name = group.group_name  # no reference: FlashInfer keeps none either
+        self.workspace_tensor = self
         self.ipc_handles = [[0] * size for _ in range(3)]
         self.mem_handles = [SimpleNamespace(_enable_multicast=multicast, mc_ptr=int(multicast))]
         buffer = size * tokens * hidden * dtype.itemsize
@@ -71,7 +76,7 @@ class TRTLLMAllReduceFusionWorkspace:
         )
 
     def destroy(self) -> None:
-        del self.ipc_handles, self.mem_handles, self.metadata
+        del self.ipc_handles, self.mem_handles, self.metadata, self.workspace_tensor
 
 
 def create_allreduce_fusion_workspace(
@@ -184,6 +189,44 @@ def allreduce_fusion(
         quant_out.zero_()
 
 
+def trtllm_allreduce_fusion(
+    allreduce_in: Tensor,
+    world_size: int,
+    world_rank: int,
+    token_num: int,
+    hidden_dim: int,
+    workspace_ptrs: Any,
+    launch_with_pdl: bool,
+    use_oneshot: bool,
+    trigger_completion_at_end: bool,
+    fp32_acc: bool,
+    pattern_code: int,
+    allreduce_out: Tensor | None,
+    residual_in: Tensor | None,
+    residual_out: Tensor | None,
+    norm_out: Tensor | None,
+    quant_out: Tensor | None,
+    scale_out: Tensor | None,
+    rms_gamma: Tensor | None,
+    rms_eps: float | None,
+    scale_factor: Tensor | None,
+    layout_code: int | None,
+    block_quant_group_size: int | None = None,
+    weight_bias: float | None = None,
+) -> None:
+    """What the public function calls, and what may be called past it."""
+    workspace = workspace_ptrs  # there a tensor of pointers
+    assert (world_size, world_rank) == (workspace.world_size, workspace.rank)
+    assert (token_num, hidden_dim) == tuple(allreduce_in.shape)
+    assert trigger_completion_at_end, "the next kernel may read too early"
+    allreduce_fusion(
+        allreduce_in, workspace, pattern_code, launch_with_pdl, True, allreduce_out, residual_out, norm_out, quant_out,
+        scale_out, residual_in, rms_gamma, rms_eps or 0.0, scale_factor, layout_code, use_oneshot, fp32_acc,
+        block_quant_group_size, weight_bias or 0.0,
+    )  # fmt: skip
+    past.append(pattern_code)
+
+
 def _write(quant_out: Tensor | None, scale_out: Tensor | None, codes: Tensor, scale: Tensor) -> None:
     assert quant_out is not None
     assert scale_out is not None
@@ -201,6 +244,7 @@ def install() -> None:
             trtllm_destroy_ipc_workspace_for_all_reduce_fusion=trtllm_destroy_ipc_workspace_for_all_reduce_fusion,
         )
         library.comm = lambda: module
+        library.below = lambda: (lambda elsewhere: None) if moved else trtllm_allreduce_fusion
         library.version = lambda: "0.7.2"
         library.norms = lambda: None
         library.confidential_computing = lambda: multicast

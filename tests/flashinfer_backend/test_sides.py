@@ -105,7 +105,9 @@ def test_a_testing_module_that_cannot_be_imported_is_named(tmp_path, monkeypatch
     (package / "__init__.py").write_text("")
     (package / "testing.py").write_text("import nowhere_at_all\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(BackendError, match=r"importing fusion_broken_sides\.testing of backend 'broken' raised .*nowher"):
+    with pytest.raises(
+        BackendError, match=r"importing fusion_broken_sides\.testing of backend 'broken' raised .*nowher"
+    ):
         subject.load("broken", "fusion_broken_sides")
 
 

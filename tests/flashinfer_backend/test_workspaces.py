@@ -25,6 +25,11 @@ def test_every_kernel_gives_what_its_pattern_means(two):
         assert off == []
 
 
+def test_a_release_whose_inner_function_moved_is_called_by_its_public_one(two):
+    for off in two.run(jobs.all_kernels, [(3, 256)], [torch.bfloat16], moved=True):
+        assert off == []
+
+
 def test_any_leading_dimensions(two):
     for name in ("all_reduce", "all_reduce_add_rms_norm", "all_reduce_add_rms_norm_token_fp8_out", "all_reduce_rms_norm_group_fp8"):  # fmt: skip
         assert max(two.run(jobs.run, name, 6, lead=(2, 3))) <= 1

@@ -79,7 +79,7 @@ def mutants(kind):
             node = list(ast.walk(tree))[index]
             if (change := _mutate(tree, node, delta)) is None:
                 continue
-            scope = dict(vars(requirements))
+            scope = dict(vars(sys.modules[kind.__module__]))
             exec(compile(ast.fix_missing_locations(tree), f"<{kind.__name__}: {change}>", "exec"), scope)
             yield f"{change} in line {getattr(node, 'lineno', 0)}", scope["unmet"]
 

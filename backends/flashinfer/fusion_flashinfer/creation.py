@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ from torch import Tensor
 from fusion_core import Reason
 from fusion_core.agreement import Agreement
 from fusion_flashinfer import library
+from fusion_flashinfer.availability import multicast_off
+from fusion_flashinfer.calls import Call, call_for
 
 ARRIVAL = 900.0
 """Seconds for all ranks to come to their first call: one may still compile its model, or build FlashInfer's kernels."""
@@ -137,16 +137,9 @@ def create(
     return made
 
 
-def multicast_off() -> str:
-    """The setting by which this machine's owner switches NVLink multicast off; empty where there is none."""
-    settings = (("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1"), ("NVSHMEM_DISABLE_NVLS", "1"))
-    return next((f"{name}={value}" for name, value in settings if os.environ.get(name) == value), "")
-
-
-def call() -> Callable[..., Any]:
-    """``flashinfer.comm.allreduce_fusion``."""
-    function: Callable[..., Any] = library.comm().allreduce_fusion
-    return function
+def call(made: Any) -> Call:
+    """How to call kernels on a workspace."""
+    return call_for(made, library.comm().allreduce_fusion, library.below())
 
 
 def memory(made: Any) -> int:

@@ -31,10 +31,10 @@ class Ready:
         held: What it belongs to.
         handle: FlashInfer's workspace.
         one_shot: Which of the two kernels to run; None to leave it to FlashInfer (mnnvl).
-        call: ``flashinfer.comm.allreduce_fusion``.
+        call: How to call kernels on it, see `fusion_flashinfer.calls`.
     """
 
-    __slots__ = ("_on_gpu", "call", "handle", "held", "one_shot")
+    __slots__ = ("_on_gpu", "_zeros", "call", "handle", "held", "one_shot")
 
     def __init__(self, held: Held, one_shot: bool | None) -> None:
         self.held = held
@@ -42,6 +42,7 @@ class Ready:
         self.call = held.call
         self.one_shot = one_shot
         self._on_gpu = held.device.type == "cuda"
+        self._zeros: Tensor | None = None
 
     def enter(self) -> None:
         """Before each call: wait for another stream's, and note whether a CUDA graph keeps this one."""
@@ -55,7 +56,12 @@ class Ready:
 
     def zeros(self, like: Tensor) -> Tensor:
         """Zeros of a tensor's shape and dtype, for kernels whose residual is not optional; read only."""
-        return self.held.zeros_like(like)
+        if self._zeros is None or self._zeros.shape != like.shape:
+            found, lasts = self.held.zeros_like(like)
+            if not lasts:
+                return found
+            self._zeros = found
+        return self._zeros
 
 
 @dataclass(eq=False)
@@ -99,15 +105,18 @@ class Held:
         except (RuntimeError, LookupError):
             return False
 
-    def zeros_like(self, like: Tensor) -> Tensor:
-        """Zeros of a tensor's shape and dtype out of one buffer that is as large as the workspace takes."""
+    def zeros_like(self, like: Tensor) -> tuple[Tensor, bool]:
+        """Zeros of a tensor's shape and dtype out of one buffer that is as large as the workspace takes.
+
+        Also whether they last: those that a CUDA graph makes for itself, where no call came before it, do not.
+        """
         found = self.zeros.get(like.dtype)
         if found is None or found.numel() < like.numel():
             if creation.capturing():
-                return torch.zeros_like(like)
+                return torch.zeros_like(like), False
             found = outside(lambda: creation.zeros(self.elements, like.dtype, self.device))
             self.zeros[like.dtype] = found
-        return found[: like.numel()].view(like.shape)
+        return found[: like.numel()].view(like.shape), True
 
     def follow(self, stream_id: int) -> None:
         """Have the current stream wait for the one that used the workspace before: its flags allow one call at a time.
@@ -124,7 +133,7 @@ class Held:
     def replace(self, made: Any, elements: int) -> None:
         """Take a new workspace; the old one is kept where a graph may hold it, else given back."""
         old, zeros = self.handle, list(self.zeros.values())
-        self.handle, self.elements, self.call = made, elements, creation.call()
+        self.handle, self.elements, self.call = made, elements, creation.call(made)
         self.zeros.clear()
         if old is not None and self.captured:
             self.retired.append((old, zeros))

@@ -33,9 +33,9 @@ def launch(
     weight_bias: float,
     option: Any,
     group: str,
-    max_tokens: int | None,
-    pdl: bool,
-    mnnvl: bool,
+    max_tokens: int | None = None,
+    pdl: bool = False,
+    mnnvl: bool = False,
 ) -> Any:
     """Run a kernel, fused where the workspace takes it.
 
@@ -88,30 +88,17 @@ def fused(
     pdl: bool,
 ) -> None:
     """FlashInfer's call, into ``buffers``."""
-    if not kernel.norms:
-        ready.call(input=x, workspace=ready.handle, pattern=0, output=buffers.total, use_oneshot=ready.one_shot,
-                   fp32_acc=True, launch_with_pdl=pdl)  # fmt: skip
-        return
+    if kernel.norms and residual is None:
+        residual = ready.zeros(x)
+    if scale is not None and scale.dim() != 1:
+        scale = scale.reshape(1)
+    layout = group_size = None
+    if option is not None:
+        layout, group_size = (LAYOUTS[option], None) if kernel.quantization == "nvfp4" else (None, option)
     ready.call(
-        input=x,
-        workspace=ready.handle,
-        pattern=kernel.code,
-        launch_with_pdl=pdl,
-        output=buffers.total,  # left alone by this pattern, and allocated for nothing where it is missing
-        residual_in=ready.zeros(x) if residual is None else residual,
-        residual_out=buffers.total,
-        norm_out=buffers.normed,
-        quant_out=buffers.quantized,
-        scale_out=buffers.scale,
-        rms_gamma=weight,
-        rms_eps=eps,
-        scale_factor=None if scale is None else scale.reshape(1),
-        layout_code=LAYOUTS[option] if kernel.quantization == "nvfp4" else None,
-        use_oneshot=ready.one_shot,
-        fp32_acc=True,  # sums in the input's dtype lost accuracy for users: sglang#34603, TensorRT-LLM#16753
-        block_quant_group_size=option if kernel.quantization == "group_fp8" else None,
-        weight_bias=weight_bias,
-    )
+        kernel.code, ready.one_shot, pdl, x, buffers.total, residual, buffers.normed, buffers.quantized, buffers.scale,
+        weight, eps, weight_bias, scale, layout, group_size,
+    )  # fmt: skip
 
 
 def _rows(tensor: Tensor, hidden: int) -> Tensor:

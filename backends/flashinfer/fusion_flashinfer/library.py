@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 
@@ -23,6 +24,13 @@ def comm() -> Any:
     # its unified call warns on every call that it calls its own deprecated one
     warnings.filterwarnings("ignore", message=r"use the unified API allreduce\.py", category=DeprecationWarning)
     return module
+
+
+def below() -> Callable[..., Any] | None:
+    """The function that `flashinfer.comm.allreduce_fusion` calls; None where there is none of this name."""
+    from flashinfer.comm.trtllm_ar import get_trtllm_comm_module
+
+    return getattr(get_trtllm_comm_module(), "trtllm_allreduce_fusion", None)
 
 
 def version() -> str:

@@ -36,79 +36,31 @@ def schema(kernel: Kernel) -> str:
 
 
 def _runner(kernel: Kernel) -> Callable[..., Any]:
-    """The operator on a GPU: its arguments in the schema's order, those at their default left out."""
-    if not kernel.norms:
+    """The operator on a GPU: its arguments in the schema's order, those at their default left out.
 
-        def run(x: Tensor, *where: Any) -> Any:
-            return launch(kernel, x, None, None, None, 0.0, 0.0, None, *where, *_DEFAULTS[len(where) :])
-
-        return run
-
-    if kernel.quantization not in _SCALES and kernel.quantization not in _SCALARS:
-        return _plain_add(kernel) if kernel.adds else _plain(kernel)
-
-    weight = int(kernel.adds)  # places among the arguments behind x
-    scale = weight + 1 if kernel.quantization in _SCALES else None
-    eps = weight + 1 + (scale is not None)
-    option = eps + 2 if kernel.quantization in _SCALARS else None
-    end = eps + 2 + (option is not None)
-
-    def run_norm(x: Tensor, *given: Any) -> Any:
-        return launch(
-            kernel,
-            x,
-            given[0] if weight else None,
-            given[weight],
-            None if scale is None else given[scale],
-            given[eps],
-            given[eps + 1],
-            None if option is None else given[option],
-            *given[end:],
-            *_DEFAULTS[len(given) - end :],
-        )
-
-    return run_norm
-
-
-def _plain(kernel: Kernel) -> Callable[..., Any]:
-    """`_runner` where there is nothing but the norm's own arguments: spelt out, because it is called at every layer."""
-
-    def run(
-        x: Tensor,
-        weight: Tensor,
-        eps: float,
-        weight_bias: float,
-        group: str,
-        max_tokens: int | None = None,
-        pdl: bool = False,
-        mnnvl: bool = False,
-    ) -> Any:
-        return launch(kernel, x, None, weight, None, eps, weight_bias, None, group, max_tokens, pdl, mnnvl)
-
-    return run
-
-
-def _plain_add(kernel: Kernel) -> Callable[..., Any]:
-    """`_plain` with a residual."""
-
-    def run(
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        eps: float,
-        weight_bias: float,
-        group: str,
-        max_tokens: int | None = None,
-        pdl: bool = False,
-        mnnvl: bool = False,
-    ) -> Any:
-        return launch(kernel, x, residual, weight, None, eps, weight_bias, None, group, max_tokens, pdl, mnnvl)
-
-    return run
-
-
-_DEFAULTS = (None, None, False, False)
-"""Of the arguments in `_WHERE`; the group has none."""
+    Spelt out and not taken from a list by place: this runs at every site of every step of an eager model. ``w`` is what
+    `_WHERE` names.
+    """
+    k = kernel
+    if not k.norms:
+        return lambda x, *w: launch(k, x, None, None, None, 0.0, 0.0, None, *w)
+    scale, scalar = k.quantization in _SCALES, k.quantization in _SCALARS
+    run: dict[tuple[bool, bool], Callable[..., Any]]
+    if k.adds:
+        run = {
+            (False, False): lambda x, r, g, eps, bias, *w: launch(k, x, r, g, None, eps, bias, None, *w),
+            (True, False): lambda x, r, g, s, eps, bias, *w: launch(k, x, r, g, s, eps, bias, None, *w),
+            (False, True): lambda x, r, g, eps, bias, o, *w: launch(k, x, r, g, None, eps, bias, o, *w),
+            (True, True): lambda x, r, g, s, eps, bias, o, *w: launch(k, x, r, g, s, eps, bias, o, *w),
+        }
+        return run[scale, scalar]
+    run = {
+        (False, False): lambda x, g, eps, bias, *w: launch(k, x, None, g, None, eps, bias, None, *w),
+        (True, False): lambda x, g, s, eps, bias, *w: launch(k, x, None, g, s, eps, bias, None, *w),
+        (False, True): lambda x, g, eps, bias, o, *w: launch(k, x, None, g, None, eps, bias, o, *w),
+        (True, True): lambda x, g, s, eps, bias, o, *w: launch(k, x, None, g, s, eps, bias, o, *w),
+    }
+    return run[scale, scalar]
 
 
 def _fake(kernel: Kernel) -> Callable[..., Any]:

@@ -77,8 +77,7 @@ def _untested(kernel: Kernel, *, mnnvl: bool) -> str | None:
 
 def _in_x_dtype(kernel: Kernel) -> tuple[str, ...]:
     """The tensors that a kernel reads and writes in x's dtype."""
-    inputs = ("residual",) * kernel.adds + ("weight",) * kernel.norms
-    return (*inputs, *(name for name in kernel.outputs if name not in ("quantized", "scale")))
+    return (*("residual",) * kernel.adds, *("weight", "normed") * kernel.norms, kernel.outputs[-1])
 
 
 def _requirements(kernel: Kernel, *, mnnvl: bool) -> tuple[Requirement, ...]:

@@ -152,7 +152,8 @@ class Workspaces:
         if x.numel() > held.elements:
             wanted = max(LEAST_ELEMENTS, rows * hidden, 1 << (x.numel() - 1).bit_length())
             if max_tokens is not None:
-                wanted = max(max_tokens, rows) * hidden
+                # no more than is ever used: larger ones would also overflow an index of the kernels
+                wanted = max(min(max_tokens * hidden, held.bound.most // x.dtype.itemsize), x.numel(), rows * hidden)
             held.failure = self._make(held, f"{kernel.name} of {tuple(x.shape)}", -(-wanted // hidden), hidden, x.dtype)
             if held.failure is not None:
                 fell_back(_strategy(kernel, check, held.key), held.key[0], held.failure)

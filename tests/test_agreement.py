@@ -43,7 +43,8 @@ def one_leaves():
 
 def one_is_late():
     """The others have settled the outcome when it comes: it must not come to another one."""
-    ours = agreement("late", 0.3)
+    dist.barrier()  # so that the time limit counts from one moment
+    ours = agreement("late", 2)
     if dist.get_rank() == 0:
         dist.barrier()
         return str(ours.outcome(None))
@@ -53,7 +54,8 @@ def one_is_late():
 
 
 def one_never_comes():
-    ours = agreement("never", 0.3)
+    dist.barrier()
+    ours = agreement("never", 2)
     if dist.get_rank() == 2:
         dist.barrier()
         return ""
@@ -65,10 +67,11 @@ def one_never_comes():
 
 def other_threads_can_use_the_store():
     """One that waits must not hold the store: NCCL's own threads talk through it."""
+    dist.barrier()
     group = dist.group.WORLD
     store = dist.distributed_c10d._get_process_group_store(group)
     if dist.get_rank() == 1:
-        time.sleep(1)
+        time.sleep(4)
     waiting = threading.Thread(target=agreement("threads").gather, args=(None,))
     waiting.start()
     start = time.monotonic()
@@ -112,7 +115,7 @@ def test_a_rank_that_leaves_is_not_waited_for(three):
 def test_a_late_rank_comes_to_the_same_outcome(three):
     found = three.run(one_is_late)
     assert len(set(found)) == 1
-    assert found[0].startswith("rank 0 did not take part in late within 0:00:00.3")
+    assert found[0].startswith("rank 0 did not take part in late within 0:00:02")
 
 
 def test_a_rank_that_never_comes_is_named(three):
@@ -122,7 +125,7 @@ def test_a_rank_that_never_comes_is_named(three):
 
 
 def test_waiting_leaves_the_store_to_others(three):
-    assert max(three.run(other_threads_can_use_the_store)) < 0.5
+    assert max(three.run(other_threads_can_use_the_store)) < 3
 
 
 def test_a_destroyed_group_is_named():

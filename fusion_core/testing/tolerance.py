@@ -6,8 +6,8 @@ by what right spellings of one computation differ in:
 
 - one rounding in the output's dtype, of the row's largest value, for rounding at another place;
 - four roundings in float32, in which a norm is computed, for another order of its sum;
-- for a scale, one rounding in x's dtype of a norm that nothing else reads: kernels quantise the norm as they would have
-  given it, and the codes, which belong to that scale, are held to the definition's own error all the same;
+- where a quantisation alone reads the norm, one rounding of it in x's dtype: kernels quantise the norm as they would
+  have given it, also where the model leaves it in float32;
 - one smallest normal number of the output's dtype, since GPUs flush what is below.
 
 The definition's error is the largest over the runs that it is given: with the ranks in every cyclic order, as the
@@ -95,6 +95,9 @@ def excess(
             continue
         source = _name(pattern, step.operands["x"])
         dtype = definitions[0][source].dtype if source in oracle else torch.float32
+        given = arguments["x"].dtype
+        if source not in names and torch.finfo(given).eps > torch.finfo(dtype).eps:
+            dtype = given
         if step.results[0] is _symbol(pattern, name):
             exact = oracle[source] if source in oracle else codes(_resolved(pattern, step, oracle, arguments))
             values = [codes(_resolved(pattern, step, each, arguments)) for each in (result, *definitions)]
@@ -102,9 +105,6 @@ def excess(
                 _worst(f"{name}, dequantised", values[0], values[1:], exact, (dtype,), _code_step(step, arguments))
             )
         elif result[name].dtype == torch.float32 and arguments.get("scale_format", "float32") == "float32":
-            given = arguments["x"].dtype
-            if source not in names and torch.finfo(given).eps > torch.finfo(dtype).eps:
-                dtype = given
             found.append(
                 _worst(
                     name, result[name], [d[name] for d in definitions], oracle[name].double(), (dtype, torch.float32)

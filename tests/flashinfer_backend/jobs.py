@@ -215,7 +215,7 @@ def destroyed_group() -> tuple[int, int, list[float]]:
 def disagreeing() -> str:
     """Ranks whose first calls are of different sizes: the real kernels would hang."""
     fresh()
-    creation.ARRIVAL, creation.STEP = 5.0, 5.0
+    creation.ARRIVAL, creation.STEP = 30.0, 30.0
     kernel, x = BY_NAME["all_reduce"], torch.ones(4 + (1 << 13) * dist.get_rank(), 256)
     assert WORKSPACES.ready(kernel, x, dist.group.WORLD.group_name, None, False, False) is None
     (status,) = WORKSPACES.status()
@@ -225,7 +225,8 @@ def disagreeing() -> str:
 def late(rank: int) -> str:
     """One rank that never comes to its first call."""
     fresh()
-    creation.ARRIVAL, creation.STEP = 0.5, 0.5
+    creation.ARRIVAL, creation.STEP = 3.0, 3.0
+    dist.barrier()  # so that the time limit counts from one moment
     kernel, x = BY_NAME["all_reduce"], torch.ones(4, 256)
     if dist.get_rank() == rank:
         dist.barrier()  # until the others have given up

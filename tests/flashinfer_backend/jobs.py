@@ -109,6 +109,22 @@ def one_rank_fails(rank: int) -> tuple[float, str, str, int]:
     return max(distance, again), str(reason), status.state, len(stand_in.alive)
 
 
+def growth_fails(rank: int) -> tuple[list[bool], str]:
+    """Whether calls are fused: small, too large for what one rank has memory for, small again; and the status."""
+    fresh(one_shot=1 << 30, most=1 << 30)
+    found = []
+    for tokens in (4, 5000, 5001, 6):  # the last in a form of its own
+        if tokens == 5000:
+            stand_in.fails_to_create.add(rank)
+        run("all_reduce_add_rms_norm", tokens, 512)
+        stand_in.calls.clear()
+        assert run("all_reduce_add_rms_norm", tokens, 512) <= 1
+        found.append(bool(stand_in.calls))
+    (status,) = WORKSPACES.status()
+    assert len(stand_in.alive) == 1
+    return found, status.state
+
+
 def with_multicast() -> str:
     """FlashInfer's workspace under confidential computing."""
     fresh()

@@ -102,6 +102,12 @@ def test_a_workspace_grows_to_what_a_wider_model_needs(two):
         assert seen == [(1, least), (1, least), (1, 2 * least), (1, 2 * least)]
 
 
+def test_a_workspace_that_cannot_grow_goes_on_as_it_is(two):
+    for fused, state in two.run(jobs.growth_fails, 1):
+        assert fused == [True, False, False, True]
+        assert state.startswith("rank 1: making a workspace raised")
+
+
 def test_a_workspace_that_a_graph_may_hold_is_kept_when_a_larger_one_comes(two):
     for seen in two.run(jobs.growth, [(4, 256), (4, 256), (3000, 512), (9000, 512)], 1):
         assert [count for count, _ in seen] == [1, 1, 2, 2]

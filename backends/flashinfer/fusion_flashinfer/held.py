@@ -74,7 +74,7 @@ class Held:
         bound: Sizes at which kernels are used.
         handle: FlashInfer's workspace; None before it is made.
         elements: Its capacity.
-        failure: Why there is none and will be none.
+        failure: Why there is none, or none larger, and will be none.
         checked: (code, dtype, one-shot, PDL) → None where the self-check passed, else why not.
         captured: Whether a CUDA graph may hold the handle.
         retired: Smaller workspaces, and their zeros, that CUDA graphs may hold.

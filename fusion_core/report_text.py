@@ -15,7 +15,7 @@ _ORIGINS = {
     "explained": "dry run: nothing was changed; ",
     "cache": "from the compile cache, as recorded when it was compiled at {compiled_at}; ",
 }
-_REFUSED = (Stage.REQUIRES, Stage.WORTHWHILE, Stage.OPTION, Stage.REPLACEMENT, Stage.OUTRANKED)
+_REFUSED = (Stage.REQUIRES, Stage.WORTHWHILE, Stage.REPLACEMENT, Stage.OUTRANKED)
 _FLAGS = {"weight_bias": 0.0}
 """Attributes that are shown only where they differ from this, or from None and False."""
 _UNSAID = ("inputs", "live", "group", "world_size", "weight_after_cast")
@@ -128,7 +128,9 @@ def _worth_saying(site: SiteReport) -> Iterator[tuple[str, str]]:
     for why, name in nearest.items():
         yield name, why
     for decision in site.decisions:
-        if decision.stage in _REFUSED and _is_rival(site, decision):
+        if decision.stage is Stage.OPTION:  # of all strategies behind it, once
+            yield "option", "; ".join(map(str, decision.reasons))
+        elif decision.stage in _REFUSED and _is_rival(site, decision):
             yield f"{decision.strategy} [{decision.stage.name.lower()}]", "; ".join(map(str, decision.reasons))
 
 

@@ -52,7 +52,7 @@ def test_a_strategy_behind_an_option_runs_where_the_user_switched_it_on(monkeypa
     off = fuse(add_then(norm), *tensors(), using=registry(point, REFERENCE))
     assert off.site.strategy == f"reference.{ADD}"
     assert decided(off) == (Stage.OPTION, [OFF])
-    assert f"  acme.add [option]: {OFF} (at all_reduce)" in str(off.reports[0]).splitlines()
+    assert f"  option: {OFF} (at all_reduce)" in str(off.reports[0]).splitlines()
 
 
 @pytest.mark.parametrize(("stage", "what"), [(Stage.REQUIRES, "requires"), (Stage.WORTHWHILE, "worthwhile")])

@@ -127,10 +127,15 @@ def _worth_saying(site: SiteReport) -> Iterator[tuple[str, str]]:
             nearest["; ".join(map(str, decision.reasons))] = decision.pattern
     for why, name in nearest.items():
         yield name, why
+    said: list[tuple[str, str, frozenset[str]]] = []
     for decision in site.decisions:
         if decision.stage is Stage.OPTION:  # of all strategies behind it, once
             yield "option", "; ".join(map(str, decision.reasons))
         elif decision.stage in _REFUSED and _is_rival(site, decision):
+            backend, reasons = (decision.strategy or "").partition(".")[0], frozenset(map(str, decision.reasons))
+            if any((backend, decision.pattern) == each[:2] and each[2] <= reasons for each in said):
+                continue  # a variant of a strategy that is refused for as much already
+            said.append((backend, decision.pattern, reasons))
             yield f"{decision.strategy} [{decision.stage.name.lower()}]", "; ".join(map(str, decision.reasons))
 
 

@@ -149,3 +149,17 @@ def test_explain_of_one_model_does_not_hang_on_another() -> None:
 def test_explain_of_a_model_without_collectives_says_so() -> None:
     with torch.no_grad():
         assert "no all_reduce" in str(explain(torch.nn.Linear(2, 2), torch.ones(1, 2)))
+
+
+def test_variants_of_a_strategy_that_are_refused_alike_are_one_line():
+    narrow, wide = Reason("dtype", "weight is float32", "bfloat16"), Reason("world_size", "world size is 3", "2")
+    decisions = (
+        Decision("all_reduce", "acme.sum", Stage.REQUIRES, (narrow,)),
+        Decision("all_reduce", "acme.sum_fast", Stage.REQUIRES, (narrow,)),
+        Decision("all_reduce", "acme.sum_wide", Stage.REQUIRES, (narrow, wide)),
+        Decision("all_reduce", "acme.sum_other", Stage.REQUIRES, (wide,)),
+        Decision("all_reduce", "other.sum", Stage.REQUIRES, (narrow,)),
+    )
+    lines = str(Report((SiteReport("all_reduce", None, "all_reduce", {}, decisions),))).splitlines()
+    said = [line.split(":")[0].strip() for line in lines if "[requires]" in line]
+    assert said == ["acme.sum [requires]", "acme.sum_other [requires]", "other.sum [requires]"]

@@ -39,7 +39,9 @@ def headline(report: Report) -> str:
     verb = "would be fused" if report.origin == "explained" else "fused"
     if not total:
         return f"fusion_core: {origin}no all_reduce in this graph on {report.device}, nothing to fuse"
-    return f"fusion_core: {origin}{fused} of {total} all_reduces {verb} on {_ranks(report)}{report.device}"
+    unfused = sum(bool(site.run_time) for site in report.fused)
+    later = f"; {unfused} of these ran unfused" if unfused else ""
+    return f"fusion_core: {origin}{fused} of {total} all_reduces {verb} on {_ranks(report)}{report.device}{later}"
 
 
 def _ranks(report: Report) -> str:

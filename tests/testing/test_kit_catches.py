@@ -65,8 +65,9 @@ def test_a_right_backend_is_caught_by_none(name, check):
     RUN[check](subject_of(name))
 
 
-def test_a_strategy_behind_an_option_is_tested_as_if_it_were_on(monkeypatch):
-    monkeypatch.setenv("FUSION_CORE_OPTIONS", "acme.fast")  # of a backend that is not under test
+def test_a_strategy_behind_an_option_is_tested_where_the_user_switched_it_on(monkeypatch):
+    assert subjects("wrong", "tests.testing.wrong_backends:fine_if_switched_on") == ()
+    monkeypatch.setenv("FUSION_CORE_OPTIONS", "acme.fast,wrong.switch")  # the first of a backend that is not under test
     RUN["stands_in_the_compiled_graph"](subject_of("fine_if_switched_on"))
 
 

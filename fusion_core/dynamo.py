@@ -45,13 +45,15 @@ class Backend:
         own = _pass_for(FusionConfig() if self.config is None else self.config)
         patches = _inductor.with_pass(own, _inductor.mode_options(mode, options))
         key = report_cache.GraphKey(graph_module, inputs, own) if _inductor.caches_enabled() else None
-        with history.collecting() as heard:
+
+        def keep(heard: list[Report]) -> None:
+            # by the pass, before Inductor stores the graph: another rank may take it from there at that moment
+            if key is not None:
+                report_cache.save(key, heard)
+
+        with history.collecting(keep) as heard:
             compiled = _inductor.compile_graph(graph_module, inputs, patches)
-        if key is None:
-            return compiled
-        if heard:
-            report_cache.save(key, heard)
-        else:
+        if key is not None and not heard:
             for report in report_cache.load(key) or [Report(())]:
                 history.record(dataclasses.replace(report, origin="cache"))
         return compiled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fusion_core.report import Report
@@ -17,20 +17,21 @@ def record(report: Report) -> None:
     """Keep a report; a surrounding `collecting` of the same thread sees it too."""
     with _lock:
         _reports.append(report)
-    for heard in getattr(_listener, "stack", ()):
+    for heard, then in getattr(_listener, "stack", ()):
         heard.append(report)
+        then(heard)
 
 
 @contextmanager
-def collecting() -> Iterator[list[Report]]:
-    """The reports that this thread records while the block runs."""
+def collecting(then: Callable[[list[Report]], object] = lambda heard: None) -> Iterator[list[Report]]:
+    """The reports that this thread records while the block runs; ``then`` is given all so far at each one."""
     heard: list[Report] = []
     stack = _listener.__dict__.setdefault("stack", [])
-    stack.append(heard)
+    stack.append((heard, then))
     try:
         yield heard
     finally:
-        stack.remove(heard)
+        stack.pop()
 
 
 def reports() -> tuple[Report, ...]:

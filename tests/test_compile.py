@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 import fusion_core
-from fusion_core import DType, FusionConfig, FusionPass, Strategy, _inductor
+from fusion_core import DType, FusionConfig, FusionPass, Strategy, _inductor, report_cache
 from tests.support.graphs import REFERENCE, registry
 from tests.test_emission import KERNEL, acme, opaque
 from tests.test_matching import ADD, norm, reduce, tensors
@@ -125,6 +125,22 @@ def test_a_cached_graph_whose_report_nobody_kept_says_so() -> None:
     report = fusion_core.last_report()
     assert report.origin == "cache"
     assert "from the compile cache, and nobody kept what was decided" in str(report)
+
+
+def test_a_report_is_kept_before_another_rank_can_find_the_graph(monkeypatch: Any) -> None:
+    from torch._inductor.codecache import FxGraphCache
+
+    events: list[str] = []
+
+    def watch(place: Any, name: str, event: str) -> None:
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, **kwargs: (events.append(event), real(*args, **kwargs))[1])
+
+    watch(report_cache, "save", "report")
+    watch(FxGraphCache, "_save_graph", "graph")
+    with torch.no_grad():
+        torch.compile(unfused, backend="fusion_core")(*tensors())
+    assert events.index("report") < events.index("graph")
 
 
 def test_a_graph_from_the_cache_shows_what_was_recorded_when_it_was_compiled() -> None:

@@ -19,8 +19,6 @@ from fusion_flashinfer import library
 from fusion_flashinfer.kernels import KERNELS
 from fusion_flashinfer.ops import NAMESPACE, _runner
 
-GRANULARITY = 2 << 20
-
 fails_to_create: set[int] = set()
 """Ranks whose next workspace raises, as with too little memory."""
 wrong: set[int] = set()

@@ -82,7 +82,6 @@ class Held:
 
     key: Key
     group: weakref.ref[dist.ProcessGroup]
-    rank: int
     world_size: int
     device: torch.device
     bound: Limit

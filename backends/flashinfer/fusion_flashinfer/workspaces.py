@@ -123,7 +123,7 @@ class Workspaces:
         with self._lock:
             group = resolve(key[0])
             arch = Device.of(device).arch
-            held = Held(key, weakref.ref(group), group.rank(), group.size(), device, limit(arch, group.size()))
+            held = Held(key, weakref.ref(group), group.size(), device, limit(arch, group.size()))
             self._held[key] = held
             weakref.finalize(group, _forget, weakref.ref(self), key).atexit = False
             return held

@@ -205,7 +205,7 @@ def capacity(max_tokens: int, sizes: list[int]) -> tuple[list[bool], int, float]
             stand_in.calls.clear()
             worst = max(worst, off(module, x, run(x)))
             fused.append(bool(stand_in.calls))
-    (held,) = WORKSPACES._held.values()
+    (held,) = WORKSPACES.groups
     return fused, held.elements, worst
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fusion_core import per_group
 from fusion_core.run_time import fallen_back
 from fusion_flashinfer import creation, limits, workspaces
 from fusion_flashinfer.kernels import KERNELS
@@ -21,7 +22,7 @@ stand_in.install()
 
 def fresh(**limit: int) -> None:
     """Forget what an earlier test left; use the kernels up to these sizes."""
-    WORKSPACES.release()
+    WORKSPACES.groups.release()
     for names in (stand_in.fails_to_create, stand_in.wrong, stand_in.calls, stand_in.past, stand_in.alive):
         names.clear()
     stand_in.multicast = stand_in.moved = False
@@ -165,12 +166,12 @@ def growth(sizes: list[tuple[int, int]], captured_at: int | None = None) -> list
     found = []
     for index, (tokens, hidden) in enumerate(sizes):
         if index == captured_at:
-            creation.capturing = lambda: True  # type: ignore[assignment]
+            per_group.capturing = lambda: True  # type: ignore[assignment]
         try:
             assert run("all_reduce_add_rms_norm", tokens, hidden) <= 1
         finally:
-            creation.capturing = lambda: False  # type: ignore[assignment]
-        held = next(iter(WORKSPACES._held.values()))
+            per_group.capturing = lambda: False  # type: ignore[assignment]
+        held = next(iter(WORKSPACES.groups))
         found.append((len(stand_in.alive), held.elements))
     return found
 
@@ -178,12 +179,12 @@ def growth(sizes: list[tuple[int, int]], captured_at: int | None = None) -> list
 def captured_first() -> tuple[float, list[str]]:
     """A first call during a capture: no workspace, no hang, a reason; then one outside."""
     fresh()
-    creation.capturing = lambda: True  # type: ignore[assignment]
+    per_group.capturing = lambda: True  # type: ignore[assignment]
     try:
         distance = run("all_reduce_rms_norm")
         assert not stand_in.alive
     finally:
-        creation.capturing = lambda: False  # type: ignore[assignment]
+        per_group.capturing = lambda: False  # type: ignore[assignment]
     reasons = [str(r) for r in fallen_back("flashinfer.all_reduce_rms_norm", dist.group.WORLD.group_name)]
     assert run("all_reduce_rms_norm") <= 1
     assert stand_in.calls
@@ -199,7 +200,7 @@ def capacity(max_tokens: int) -> list[Any]:
         stand_in.calls.clear()
         assert run("all_reduce", tokens, max_tokens=max_tokens) <= 1
         found.append(bool(stand_in.calls))
-    return [*found, next(iter(WORKSPACES._held.values())).elements]
+    return [*found, next(iter(WORKSPACES.groups)).elements]
 
 
 def two_groups() -> list[float]:

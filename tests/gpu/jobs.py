@@ -29,7 +29,7 @@ PATHS = {
 
 def take(path: str | None) -> None:
     """Have every call take one path, whatever its size; None for what the table says."""
-    WORKSPACES.release()
+    WORKSPACES.groups.release()
     found = PATHS.get(path or "")
     workspaces.limit = limits.limit if found is None else lambda arch, world_size: found  # type: ignore[assignment]
 

@@ -37,4 +37,4 @@ def release(group: str | None = None) -> None:
     """
     from fusion_flashinfer.workspaces import WORKSPACES
 
-    WORKSPACES.release(group)
+    WORKSPACES.groups.release(group)

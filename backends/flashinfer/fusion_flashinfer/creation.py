@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from fusion_core import Reason
 from fusion_core.agreement import Agreement
+from fusion_core.per_group import host, synchronize
 from fusion_flashinfer import library
 from fusion_flashinfer.availability import multicast_off
 from fusion_flashinfer.calls import Call, call_for
@@ -25,17 +25,6 @@ STEP = 90.0
 
 GRANULARITY = 2 << 20
 """Bytes to which the driver rounds an allocation that is shared between GPUs."""
-
-
-def capturing() -> bool:
-    """Whether the current stream is being captured into a CUDA graph."""
-    return torch.cuda.is_initialized() and bool(torch._C._cuda_isCurrentStreamCapturing())
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for all that the device has been given to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def zeros(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -63,7 +52,7 @@ def facts(
     Imports FlashInfer, and builds its kernels where they are not built yet.
     """
     found: dict[str, Any] = {"tokens": tokens, "hidden": hidden, "dtype": str(dtype), "mnnvl": mnnvl}
-    found |= {"host": _host(), "gpu": None, "version": None}
+    found |= {"host": host(), "gpu": None, "version": None}
     try:
         library.comm()
         found["version"] = library.version()
@@ -161,13 +150,3 @@ def free(made: Any) -> None:
     with contextlib.suppress(AttributeError):
         made._internal_workspace = None
     gc.collect()  # its handles lie in cycles
-
-
-def _host() -> str:
-    """The running kernel of this host: containers of one host share it, whatever they are called."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        import socket
-
-        return socket.gethostname()

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from fusion_core import Reason
+from fusion_core import Reason, per_group
+from fusion_core.per_group import PerGroup, outside
 from fusion_flashinfer import creation
 from fusion_flashinfer.limits import Limit
-
-Key = tuple[str, bool, bool]
-T = TypeVar("T")
-
-resolve: Callable[[Any], dist.ProcessGroup] = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
 
 
 class Ready:
@@ -34,25 +25,14 @@ class Ready:
         call: How to call kernels on it, see `fusion_flashinfer.calls`.
     """
 
-    __slots__ = ("_on_gpu", "_zeros", "call", "handle", "held", "one_shot")
+    __slots__ = ("_zeros", "call", "handle", "held", "one_shot")
 
     def __init__(self, held: Held, one_shot: bool | None) -> None:
         self.held = held
         self.handle = held.handle
         self.call = held.call
         self.one_shot = one_shot
-        self._on_gpu = held.device.type == "cuda"
         self._zeros: Tensor | None = None
-
-    def enter(self) -> None:
-        """Before each call: wait for another stream's, and note whether a CUDA graph keeps this one."""
-        held = self.held
-        if self._on_gpu:
-            stream_id = torch._C._cuda_getCurrentRawStream(held.device.index)
-            if stream_id != held.stream_id:
-                held.follow(stream_id)
-        if not held.captured and creation.capturing():
-            held.captured = True
 
     def zeros(self, like: Tensor) -> Tensor:
         """Zeros of a tensor's shape and dtype, for kernels whose residual is not optional; read only."""
@@ -65,44 +45,27 @@ class Ready:
 
 
 @dataclass(eq=False)
-class Held:
+class Held(PerGroup):
     """What one process group has, for one dtype class.
 
     Attributes:
         key: The group's name, whether the dtype is float32, whether the kernels are mnnvl's.
-        group: The process group.
         bound: Sizes at which kernels are used.
         handle: FlashInfer's workspace; None before it is made.
         elements: Its capacity.
         failure: Why there is none, or none larger, and will be none.
         checked: (code, dtype, one-shot, PDL) → None where the self-check passed, else why not.
-        captured: Whether a CUDA graph may hold the handle.
         retired: Smaller workspaces, and their zeros, that CUDA graphs may hold.
     """
 
-    key: Key
-    group: weakref.ref[dist.ProcessGroup]
-    world_size: int
-    device: torch.device
     bound: Limit
     handle: Any = None
     call: Callable[..., Any] = field(default=lambda **_: None)
     elements: int = 0
     failure: Reason | None = None
     checked: dict[tuple[Any, ...], Reason | None] = field(default_factory=dict)
-    captured: bool = False
     retired: list[tuple[Any, list[Tensor]]] = field(default_factory=list)
     zeros: dict[torch.dtype, Tensor] = field(default_factory=dict)
-    stream: torch.cuda.Stream | None = None
-    stream_id: int = -1
-
-    @property
-    def alive(self) -> bool:
-        """Whether the group of this name is still the one that this was made for."""
-        try:
-            return resolve(self.key[0]) is self.group()
-        except (RuntimeError, LookupError):
-            return False
 
     def zeros_like(self, like: Tensor) -> tuple[Tensor, bool]:
         """Zeros of a tensor's shape and dtype out of one buffer that is as large as the workspace takes.
@@ -111,23 +74,11 @@ class Held:
         """
         found = self.zeros.get(like.dtype)
         if found is None or found.numel() < like.numel():
-            if creation.capturing():
+            if per_group.capturing():
                 return torch.zeros_like(like), False
             found = outside(lambda: creation.zeros(self.elements, like.dtype, self.device))
             self.zeros[like.dtype] = found
         return found[: like.numel()].view(like.shape), True
-
-    def follow(self, stream_id: int) -> None:
-        """Have the current stream wait for the one that used the workspace before: its flags allow one call at a time.
-
-        CUDA graphs that are replayed on two streams at once are the caller's to order.
-        """
-        if creation.capturing():
-            return
-        current = torch.cuda.current_stream(self.device)
-        if self.stream is not None:
-            current.wait_stream(self.stream)
-        self.stream, self.stream_id = current, stream_id
 
     def replace(self, made: Any, elements: int) -> None:
         """Take a new workspace; the old one is kept where a graph may hold it, else given back."""
@@ -154,21 +105,3 @@ class Held:
         self.zeros.clear()
         for handle in handles:
             creation.free(handle)
-
-
-def outside(work: Callable[[], T]) -> T:
-    """Run on a thread of our own, where the caller's memory pool, stream and autograd modes do not reach.
-
-    Inductor warms a graph up with its memory in the graph's pool; what outlives the graph must not lie there.
-    """
-    if getattr(_inside, "yes", False):
-        return work()
-    return _thread().submit(work).result()
-
-
-_inside = threading.local()
-
-
-@functools.cache
-def _thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "fusion_flashinfer", initializer=lambda: setattr(_inside, "yes", True))

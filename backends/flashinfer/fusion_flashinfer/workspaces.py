@@ -6,29 +6,26 @@ together: the same calls in the same order give them the same sizes, and `fusion
 
 from __future__ import annotations
 
-import itertools
-import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fusion_core import Device, Reason, Status
-from fusion_core.agreement import Agreement, NoAgreement
+from fusion_core import Device, Reason, Status, per_group
+from fusion_core.agreement import NoAgreement
+from fusion_core.per_group import Groups, outside, resolve, synchronize
 from fusion_core.run_time import fell_back
 from fusion_flashinfer import creation
-from fusion_flashinfer.held import Held, Key, Ready, outside, resolve
+from fusion_flashinfer.held import Held, Ready
 from fusion_flashinfer.kernels import Kernel
 from fusion_flashinfer.limits import limit
 from fusion_flashinfer.self_check import self_check
 
 LEAST_ELEMENTS = 1 << 20
 """A workspace's smallest capacity: 16 MiB a rank at 2 ranks and 16 bits."""
-
-MOST_FORMS = 4096
-"""Forms of calls that are remembered; a server with run-time token counts meets many."""
 
 _UNCHECKED = object()
 
@@ -37,10 +34,7 @@ class Workspaces:
     """All workspaces of this process."""
 
     def __init__(self) -> None:
-        self._held: dict[Key, Held] = {}
-        self._ready: dict[tuple[Any, ...], Ready] = {}  # forms of calls that have been decided, and can be run
-        self._lock = threading.RLock()
-        self._number: dict[str, itertools.count[int]] = {}
+        self.groups: Groups[Held] = Groups(_entry, "flashinfer")
 
     def ready(
         self, kernel: Kernel, x: Tensor, group: str, max_tokens: int | None, pdl: bool, mnnvl: bool
@@ -56,24 +50,19 @@ class Workspaces:
             mnnvl: Whether with multicast kernels.
         """
         form = (kernel.code, group, x.dtype, x.shape, max_tokens, pdl, mnnvl)
-        found = self._ready.get(form)
+        found: Ready | None = self.groups.forms.get(form)
         if found is None or resolve(group) is not found.held.group():
             found = self._decide(kernel, x, group, max_tokens, pdl, mnnvl)
             if found is None:
                 return None
-            if len(self._ready) >= MOST_FORMS:
-                self._ready.clear()
-            self._ready[form] = found
-        found.enter()
+            self.groups.remember(form, found)
+        found.held.enter()
         return found
 
     def _decide(
         self, kernel: Kernel, x: Tensor, group: str, max_tokens: int | None, pdl: bool, mnnvl: bool
     ) -> Ready | None:
-        key = (group, x.dtype is torch.float32, mnnvl)
-        held = self._held.get(key)
-        if held is None or not held.alive:
-            held = self._open(key, x.device)
+        held = self.groups.get((group, x.dtype is torch.float32, mnnvl), x.device)
         tokens, size = x.shape[0], x.numel()
         if held.failure is not None and size > held.elements:  # what there is goes on
             return None
@@ -92,8 +81,7 @@ class Workspaces:
 
     def status(self) -> Iterator[Status]:
         """One line for each workspace of this process."""
-        self._sweep()
-        for held in list(self._held.values()):
+        for held in self.groups:
             group, wide, mnnvl = held.key
             kind = "mnnvl" if mnnvl else "trtllm"
             subject = f"{kind} workspace of group {group}, {held.world_size} ranks, {32 if wide else 16} bits"
@@ -101,36 +89,9 @@ class Workspaces:
             state = str(held.failure) if held.failure is not None else "; ".join(failed) or "in use"
             yield Status(subject, held.memory, state)
 
-    def release(self, group: str | None = None) -> None:
-        """Give back the memory of one group's workspaces, or of all; CUDA graphs that hold them must be gone."""
-        with self._lock:
-            for key in [key for key in self._held if group in (None, key[0])]:
-                self._drop(key)
-
-    def _sweep(self) -> None:
-        """Give back what groups that were destroyed left: torch keeps the group of a compiled graph as an object."""
-        with self._lock:
-            for key in [key for key, held in self._held.items() if not held.alive]:
-                self._drop(key)
-
-    def _drop(self, key: Key) -> None:
-        self._ready.clear()
-        self._held.pop(key).release()
-
-    def _open(self, key: Key, device: torch.device) -> Held:
-        """The entry of a group."""
-        self._sweep()
-        with self._lock:
-            group = resolve(key[0])
-            arch = Device.of(device).arch
-            held = Held(key, weakref.ref(group), group.size(), device, limit(arch, group.size()))
-            self._held[key] = held
-            weakref.finalize(group, _forget, weakref.ref(self), key).atexit = False
-            return held
-
     def _prepare(self, held: Held, kernel: Kernel, x: Tensor, max_tokens: int | None, check: tuple[Any, ...]) -> bool:
         """Make the workspace, or a larger one, and run the self-check; whether the call can then be fused."""
-        if creation.capturing():
+        if per_group.capturing():
             reason = Reason(
                 "capture",
                 f"the first call of {kernel.name} on {tuple(x.shape)} came while a CUDA graph was captured",
@@ -139,7 +100,7 @@ class Workspaces:
             )
             fell_back(_strategy(kernel, check, held.key), held.key[0], reason)
             return False
-        with self._lock:
+        with self.groups.lock:
             return outside(lambda: self._prepare_now(held, kernel, x, max_tokens, check))
 
     def _prepare_now(
@@ -159,7 +120,7 @@ class Workspaces:
                 fell_back(_strategy(kernel, check, held.key), held.key[0], held.failure)
                 return False
         if check not in held.checked:
-            vote = self._agreement(held, f"the self-check of {kernel.name}", creation.STEP)
+            vote = self.groups.agreement(held, f"the self-check of {kernel.name}", creation.STEP)
             problem = self_check(
                 kernel, Ready(held, check[2]), rows, hidden, x.dtype, held.device, held.key[0], pdl=check[3]
             )
@@ -167,7 +128,7 @@ class Workspaces:
             held.checked[check] = reason
             if reason is not None:
                 fell_back(_strategy(kernel, check, held.key), held.key[0], reason)
-            creation.synchronize(held.device)  # the check used the workspace on another stream than the call will
+            synchronize(held.device)  # the check used the workspace on another stream than the call will
         return held.checked[check] is None
 
     def _make(self, held: Held, call: str, tokens: int, hidden: int, dtype: torch.dtype) -> Reason | None:
@@ -175,51 +136,39 @@ class Workspaces:
         mnnvl = held.key[2]
         facts, problem = creation.facts(tokens, hidden, dtype, held.device, held.world_size, mnnvl=mnnvl)
         facts["call"] = call
-        first = self._agreement(held, "what a workspace needs", creation.ARRIVAL)
+        first = self.groups.agreement(held, "what a workspace needs", creation.ARRIVAL)
         try:
             problem = creation.disagreement(first.gather(facts)) or problem
         except NoAgreement as error:
             problem = error.reason
-        if reason := self._agreement(held, "whether to make a workspace", creation.STEP).outcome(problem):
+        if reason := self.groups.agreement(held, "whether to make a workspace", creation.STEP).outcome(problem):
             return reason
         made, group = None, held.group()
-        exchange = self._agreement(held, "the exchange of a workspace's handles", creation.STEP)
+        exchange = self.groups.agreement(held, "the exchange of a workspace's handles", creation.STEP)
         try:
             assert group is not None
             made = creation.create(exchange, group, tokens, hidden, dtype, mnnvl=mnnvl)
-            creation.synchronize(held.device)
+            synchronize(held.device)
         except Exception as error:  # noqa: BLE001  # whatever it is: the other ranks must hear of it
             problem = Reason("workspace", f"making a workspace raised {type(error).__name__}: {error}")
             exchange.abandon(problem)
-        reason = self._agreement(held, "whether the workspace came up", creation.STEP).outcome(problem)
+        reason = self.groups.agreement(held, "whether the workspace came up", creation.STEP).outcome(problem)
         if reason is not None:
             if made is not None:
                 creation.free(made)
             return reason
         # every rank has come past its last use of the old one: they have just voted
-        self._ready.clear()
+        self.groups.forms.clear()
         held.replace(made, tokens * hidden)
         return None
 
-    def _agreement(self, held: Held, subject: str, timeout: float) -> Agreement:
-        """A fresh agreement; numbered, since a subject comes again when a workspace grows."""
-        group = held.group()
-        assert group is not None
-        # never from the start again in this process: a later group of this name may meet in the same store
-        number = next(self._number.setdefault(held.key[0], itertools.count()))
-        return Agreement(group, f"{subject} (flashinfer, step {number})", timeout)
 
-
-def _strategy(kernel: Kernel, check: tuple[Any, ...], key: Key) -> str:
+def _strategy(kernel: Kernel, check: tuple[Any, ...], key: tuple[Any, ...]) -> str:
     return f"flashinfer.{kernel.name}{'_pdl' if check[3] else ''}{'_mnnvl' if key[2] else ''}"
 
 
-def _forget(workspaces: weakref.ref[Workspaces], key: Key) -> None:
-    """The group is gone: so is the use of its workspace."""
-    found = workspaces()
-    held = None if found is None else found._held.get(key)
-    if found is not None and held is not None and held.group() is None:
-        found._drop(key)
+def _entry(key: tuple[Any, ...], group: weakref.ref[dist.ProcessGroup], world_size: int, device: torch.device) -> Held:
+    return Held(key, group, world_size, device, limit(Device.of(device).arch, world_size))
 
 
 WORKSPACES = Workspaces()

@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fusion_core.agreement import Agreement
 
@@ -75,6 +76,7 @@ class PerGroup:
         world_size: Its number of ranks.
         device: The device of this rank.
         captured: Whether a CUDA graph may hold what is kept here.
+        zeros: Of each dtype, for kernels whose residual is not optional.
     """
 
     key: tuple[Any, ...]
@@ -82,6 +84,7 @@ class PerGroup:
     world_size: int
     device: torch.device
     captured: bool = field(default=False, kw_only=True)
+    zeros: dict[torch.dtype, Tensor] = field(default_factory=dict, kw_only=True)
     _stream: torch.cuda.Stream | None = field(default=None, init=False)
     _stream_id: int = field(default=-1, init=False)
 
@@ -113,9 +116,35 @@ class PerGroup:
         if not self.captured and capturing():
             self.captured = True
 
+    def zeros_like(self, like: Tensor, room: int) -> tuple[Tensor, bool]:
+        """Zeros of a tensor's shape and dtype, read only, out of one buffer.
+
+        Args:
+            like: The tensor.
+            room: Elements of the buffer, where there is none that is large enough.
+
+        Returns:
+            The zeros, and whether they last: those that a CUDA graph makes for itself, where no call came before it,
+            do not.
+        """
+        found = self.zeros.get(like.dtype)
+        if found is None or found.numel() < like.numel():
+            if capturing():
+                return torch.zeros_like(like), False
+            found = outside(lambda: _zeros(room, like.dtype, self.device))
+            self.zeros[like.dtype] = found
+        return found[: like.numel()].view(like.shape), True
+
     def release(self) -> None:
         """Give back what is kept here."""
         raise NotImplementedError
+
+
+def _zeros(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that every stream may read at once."""
+    found = torch.zeros(elements, dtype=dtype, device=device)
+    synchronize(device)
+    return found
 
 
 P = TypeVar("P", bound=PerGroup)

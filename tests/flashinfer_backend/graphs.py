@@ -19,7 +19,7 @@ from fusion_core import Device, FusionConfig
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_flashinfer import availability, limits
 from fusion_flashinfer.kernels import Buffers
-from fusion_flashinfer.self_check import _distance
+from fusion_flashinfer.self_check import distance_of
 from fusion_flashinfer.workspaces import WORKSPACES
 from tests.dialects import vllm_operators  # noqa: F401  # defines them
 from tests.flashinfer_backend import stand_in
@@ -86,7 +86,7 @@ def one(kernel_name: str, config: FusionConfig = CONFIG, tokens: int = 6) -> tup
     exact = pattern.function(**wide, **scalars, group=group)
     expected = dict(zip(pattern.outputs, exact if isinstance(exact, tuple) else (exact,), strict=True))
     buffers = Buffers(found[kernel.outputs[-1]], found.get("normed"), found.get("quantized"), found.get("scale"))
-    distance = _distance(kernel, buffers, expected, tensors.get("scale"))
+    distance = distance_of(kernel, buffers, expected, tensors.get("scale"))
     return chosen(), len(stand_in.calls), all(call.pdl for call in stand_in.calls), distance
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_flashinfer.kernels import KERNELS, Buffers
-from fusion_flashinfer.self_check import _distance
+from fusion_flashinfer.self_check import distance_of
 
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
@@ -62,4 +62,4 @@ def run(name: str, tokens: int = 4, hidden: int = 256, dtype: torch.dtype = torc
     exact = pattern.function(**arguments, group=group)
     expected = dict(zip(pattern.outputs, exact if isinstance(exact, tuple) else (exact,), strict=True))
     found = Buffers(results[kernel.outputs[-1]], results.get("normed"), results.get("quantized"), results.get("scale"))
-    return _distance(kernel, found, expected, given.get("scale"))
+    return distance_of(kernel, found, expected, given.get("scale"))

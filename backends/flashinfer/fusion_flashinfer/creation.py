@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from fusion_core import Reason
 from fusion_core.agreement import Agreement
-from fusion_core.per_group import host, synchronize
+from fusion_core.per_group import host
 from fusion_flashinfer import library
 from fusion_flashinfer.availability import multicast_off
 from fusion_flashinfer.calls import Call, call_for
@@ -25,13 +24,6 @@ STEP = 90.0
 
 GRANULARITY = 2 << 20
 """Bytes to which the driver rounds an allocation that is shared between GPUs."""
-
-
-def zeros(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that every stream may read at once."""
-    found = torch.zeros(elements, dtype=dtype, device=device)
-    synchronize(device)
-    return found
 
 
 def needed(tokens: int, hidden: int, dtype: torch.dtype, world_size: int) -> int:

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fusion_core import Reason, per_group
-from fusion_core.per_group import PerGroup, outside
+from fusion_core import Reason
+from fusion_core.per_group import PerGroup
 from fusion_flashinfer import creation
 from fusion_flashinfer.limits import Limit
 
@@ -37,7 +36,7 @@ class Ready:
     def zeros(self, like: Tensor) -> Tensor:
         """Zeros of a tensor's shape and dtype, for kernels whose residual is not optional; read only."""
         if self._zeros is None or self._zeros.shape != like.shape:
-            found, lasts = self.held.zeros_like(like)
+            found, lasts = self.held.zeros_like(like, self.held.elements)
             if not lasts:
                 return found
             self._zeros = found
@@ -65,20 +64,6 @@ class Held(PerGroup):
     failure: Reason | None = None
     checked: dict[tuple[Any, ...], Reason | None] = field(default_factory=dict)
     retired: list[tuple[Any, list[Tensor]]] = field(default_factory=list)
-    zeros: dict[torch.dtype, Tensor] = field(default_factory=dict)
-
-    def zeros_like(self, like: Tensor) -> tuple[Tensor, bool]:
-        """Zeros of a tensor's shape and dtype out of one buffer that is as large as the workspace takes.
-
-        Also whether they last: those that a CUDA graph makes for itself, where no call came before it, do not.
-        """
-        found = self.zeros.get(like.dtype)
-        if found is None or found.numel() < like.numel():
-            if per_group.capturing():
-                return torch.zeros_like(like), False
-            found = outside(lambda: creation.zeros(self.elements, like.dtype, self.device))
-            self.zeros[like.dtype] = found
-        return found[: like.numel()].view(like.shape), True
 
     def replace(self, made: Any, elements: int) -> None:
         """Take a new workspace; the old one is kept where a graph may hold it, else given back."""

@@ -329,5 +329,51 @@ class Attribute:
         return f"{self.name} {_or(tuple(map(_value, self.values)))}"
 
 
+@dataclass(frozen=True)
+class DTypeAttribute:
+    """An attribute that names a dtype is None, a tensor's own dtype or one of some others."""
+
+    name: str
+    arg: str
+    others: tuple[torch.dtype, ...] = ()
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why the attribute is another dtype."""
+        value, tensor = site.attributes.get(self.name), site.tensor(self.arg)
+        if value is None or tensor is None or value in (tensor.dtype, *self.others):
+            return None
+        names = " or ".join(dict.fromkeys(map(dtype_name, (tensor.dtype, *self.others))))
+        return Reason("attribute", f"{self.name} is {dtype_name(value)}", names, self.name)
+
+    def __str__(self) -> str:
+        return " or ".join([f"{self.name} that of {self.arg}", *map(dtype_name, self.others)])
+
+
+@dataclass(frozen=True)
+class FixedTokens:
+    """All sizes of a tensor are known when the graph is compiled."""
+
+    arg: str
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Which size is not."""
+        tensor = site.tensor(self.arg)
+        if tensor is None:
+            return None
+        unknown = [str(size) for size in tensor.shape if not isinstance(size, int)]
+        if not unknown:
+            return None
+        return Reason(
+            "measured",
+            f"{self.arg} has the run-time size {', '.join(unknown)}",
+            "fixed sizes: where it gets too large for the kernel, this quantisation takes several others",
+            self.arg,
+            "torch.compile(dynamic=False)",
+        )
+
+    def __str__(self) -> str:
+        return f"fixed sizes of {self.arg}"
+
+
 def _value(value: Any) -> str:
     return dtype_name(value) if isinstance(value, torch.dtype) else str(value)

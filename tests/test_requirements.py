@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fusion_core import (
     Arch,
@@ -13,6 +14,8 @@ from fusion_core import (
     Device,
     Dimensions,
     DType,
+    DTypeAttribute,
+    FixedTokens,
     LiveOutputs,
     MultipleOf,
     OnDevice,
@@ -160,6 +163,24 @@ CASES: list[tuple[Requirement, list[Site], list[tuple[Site, str]], str]] = [
         [(replace(SITE, attributes={"weight_bias": 1.0}), "weight_bias is 1.0, needs 0.0")],
         "weight_bias 0.0",
     ),
+    (
+        DTypeAttribute("norm_dtype", "x", (torch.float32,)),
+        [SITE, *(replace(SITE, attributes={"norm_dtype": each}) for each in (None, torch.bfloat16, torch.float32))],
+        [(replace(SITE, attributes={"norm_dtype": torch.float16}), "norm_dtype is float16, needs bfloat16 or float32")],
+        "norm_dtype that of x or float32",
+    ),
+    (
+        FixedTokens("x"),
+        [SITE, with_x(())],
+        [
+            (
+                with_x((ShapeEnv().create_unbacked_symint(), 64)),
+                "x has the run-time size u0, needs fixed sizes: where it gets too large for the kernel, this "
+                "quantisation takes several others; torch.compile(dynamic=False)",
+            )
+        ],
+        "fixed sizes of x",
+    ),
 ]
 IDS = [str(case[0]) for case in CASES]
 
@@ -200,8 +221,6 @@ def _names() -> dict[str, Any]:
 
 
 def test_a_size_known_only_at_run_time_adds_a_guard_where_it_has_a_hint_and_refuses_where_it_has_none() -> None:
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
     shapes = ShapeEnv()
     with_hint = shapes.create_unspecified_symint_and_symbol(
         64, _source("s"), torch.fx.experimental.symbolic_shapes.DimDynamic.DYNAMIC

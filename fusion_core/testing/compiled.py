@@ -56,7 +56,9 @@ def compile_it(subject: Subject, site: Site, values: Values) -> Compiled:
     own = definition(pattern, site, given, group)
     oracle = definition(pattern, site, wide(pattern, given), group, exact=True)
     arguments = {**given, **site.attributes}
-    outcome.excesses = excess(pattern, tuple(site.outputs), {**own, **results}, [own], oracle, arguments)
+    outcome.excesses = excess(
+        pattern, tuple(site.outputs), {**own, **results}, [own], oracle, arguments, site.device.arch
+    )
     return Compiled(look.site, look.targets, outcome)
 
 

@@ -93,7 +93,7 @@ def _judge(outcome: Outcome, subject: Subject, site: Site, values: Values, retur
     given = tensors(site, values)
     oracle = definition(pattern, site, wide(pattern, given), group, exact=True)
     arguments = {**given, **site.attributes}
-    outcome.excesses = excess(pattern, list(site.outputs), results, definitions, oracle, arguments)
+    outcome.excesses = excess(pattern, list(site.outputs), results, definitions, oracle, arguments, site.device.arch)
     outcome.bits = {name: _bits(results[name]) for name in site.outputs}
 
 

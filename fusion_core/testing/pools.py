@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import hypothesis
 import torch
 
 from fusion_core.requirements import WorldSize
@@ -19,6 +20,8 @@ TIMEOUT = 300.0
 """Seconds that one call may take: a first one may build kernels."""
 USUAL = (2, 1, 3)
 """World sizes to test at, the usual one first."""
+THOROUGH = 1000
+"""From so many examples on, also at the largest world size that a strategy takes."""
 
 
 @functools.cache
@@ -49,7 +52,13 @@ def world_sizes(subject: Subject, device_type: str) -> tuple[int, ...]:
     def fit(sizes: Iterable[int]) -> tuple[int, ...]:
         return tuple(size for size in sizes if size <= most and all(size in each for each in allowed))
 
-    return fit(USUAL) or fit(sorted({size for each in allowed for size in each}))[:1]
+    every = fit(sorted({size for each in allowed for size in each}))
+    found = fit(USUAL) or every[:1]
+    if len(found) == 1:  # kernels for 2, 4 and 8 ranks are written apart
+        found += every[1:2]
+    if every and hypothesis.settings().max_examples >= THOROUGH:
+        found += every[-1:]
+    return tuple(dict.fromkeys(found))
 
 
 def close() -> None:

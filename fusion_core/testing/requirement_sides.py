@@ -16,6 +16,8 @@ from fusion_core.requirements import (
     Contiguous,
     Dimensions,
     DType,
+    DTypeAttribute,
+    FixedTokens,
     LiveOutputs,
     MultipleOf,
     OnDevice,
@@ -29,6 +31,7 @@ from fusion_core.site import Device, Dim, Site, TensorMeta
 from fusion_core.testing.layouts import laid_out
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DEVICES = (Device("cpu"), Device("cuda", "sm_90"), Device("cuda", "gfx942"), Device("xpu"))
 FOREIGN_ARCHS = ("", "sm_89", "sm_90", "sm_100", "gfx942", "gfx1100")
 OTHER_OUTPUT = "an output of another name"
@@ -222,6 +225,29 @@ def _(requirement: Attribute, site: Site) -> Sides:
     )
     absent = {name: value for name, value in site.attributes.items() if name != requirement.name}
     return Sides((*split.met, replace(site, attributes=absent)), split.unmet)
+
+
+@sides.register
+def _(requirement: DTypeAttribute, site: Site) -> Sides:
+    own = _tensor(site, requirement.arg).dtype
+    absent = {name: value for name, value in site.attributes.items() if name != requirement.name}
+    given = _split(
+        FLOATS,
+        (None, own, *requirement.others),
+        lambda dtype: replace(site, attributes={**absent, requirement.name: dtype}),
+    )
+    return Sides((*given.met, replace(site, attributes=absent)), given.unmet)
+
+
+@sides.register
+def _(requirement: FixedTokens, site: Site) -> Sides:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it brings sympy
+
+    tensor = _tensor(site, requirement.arg)
+    known = _with(site, requirement.arg, laid_out(replace(tensor, shape=(4, *tensor.shape[-1:]))))
+    shape = (ShapeEnv().create_unbacked_symint(), *tensor.shape[-1:])
+    unknown = _with(site, requirement.arg, replace(tensor, shape=shape, stride=None))
+    return _or_absent(Sides((known,), (unknown,)), site, requirement.arg)
 
 
 def _tensor(site: Site, arg: str) -> TensorMeta:

@@ -8,7 +8,13 @@ by what right spellings of one computation differ in:
 - four roundings in float32, in which a norm is computed, for another order of its sum;
 - where a quantisation alone reads the norm, one rounding of it in x's dtype: kernels quantise the norm as they would
   have given it, also where the model leaves it in float32;
-- one smallest normal number of the output's dtype, since GPUs flush what is below.
+- one smallest normal number of the output's dtype, since GPUs flush what is below;
+- on GPUs whose kernels truncate where others round to the nearest (`TRUNCATING`), half a unit more of the row's largest
+  value for each rounding on the way to the output. That is a weaker promise than elsewhere, and such a backend's
+  documentation has to say so.
+
+A scale that stands at the quantisation's floor is judged by its codes alone: the floor is there to keep a division
+finite, and kernels with another or none write another scale that means the same.
 
 The definition's error is the largest over the runs that it is given: with the ranks in every cyclic order, as the
 vocabulary leaves the order of the sum to the process group, and with subnormal inputs flushed.
@@ -33,6 +39,8 @@ from fusion_core.vocabulary.fp8 import dequantize_fp8
 from fusion_core.vocabulary.operation import Step, Symbol
 
 FACTOR = 1.5
+TRUNCATING = {"gfx942": torch.bfloat16}
+"""Architecture → the dtype to which its conversion truncates: AMD's kernels there round by hand (aiter#5151)."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Results = Mapping[str, Tensor]
@@ -67,6 +75,7 @@ def excess(
     definitions: Sequence[Results],
     oracle: Results,
     arguments: Mapping[str, Any],
+    arch: str = "",
 ) -> list[Excess]:
     """The worst row of each output that can be compared.
 
@@ -80,6 +89,7 @@ def excess(
         definitions: What the definition computes in the given dtypes, in its several runs.
         oracle: What it computes in float64.
         arguments: The pattern's tensors and scalars.
+        arch: The architecture that it was computed on.
     """
     found = []
     for name in names:
@@ -88,28 +98,25 @@ def excess(
             continue
         codes = DEQUANTIZE.get(step.operation.name)
         if codes is None:
-            if result[name].dtype in FLOATS:
-                found.append(
-                    _worst(name, result[name], [d[name] for d in definitions], oracle[name], (result[name].dtype,))
-                )
+            if (own := result[name].dtype) in FLOATS:
+                more = _truncations(pattern, name, own, arch)
+                found.append(_worst(name, result[name], [d[name] for d in definitions], oracle[name], (own,), more))
             continue
         source = _name(pattern, step.operands["x"])
         dtype = definitions[0][source].dtype if source in oracle else torch.float32
         given = arguments["x"].dtype
         if source not in names and torch.finfo(given).eps > torch.finfo(dtype).eps:
             dtype = given
+        more = _truncations(pattern, name, given, arch)
         if step.results[0] is _symbol(pattern, name):
             exact = oracle[source] if source in oracle else codes(_resolved(pattern, step, oracle, arguments))
             values = [codes(_resolved(pattern, step, each, arguments)) for each in (result, *definitions)]
-            found.append(
-                _worst(f"{name}, dequantised", values[0], values[1:], exact, (dtype,), _code_step(step, arguments))
-            )
+            more += _code_step(step, arguments)
+            found.append(_worst(f"{name}, dequantised", values[0], values[1:], exact, (dtype,), more))
         elif result[name].dtype == torch.float32 and arguments.get("scale_format", "float32") == "float32":
-            found.append(
-                _worst(
-                    name, result[name], [d[name] for d in definitions], oracle[name].double(), (dtype, torch.float32)
-                )
-            )
+            exact = oracle[name].double()
+            scale = torch.where(exact <= _floor(arguments), exact, result[name].double())
+            found.append(_worst(name, scale, [d[name] for d in definitions], exact, (dtype, torch.float32), more))
     return found
 
 
@@ -119,7 +126,7 @@ def _worst(
     definitions: Sequence[Tensor],
     oracle: Tensor,
     roundings: tuple[torch.dtype, ...],
-    code_step: float = 0.0,
+    more: float = 0.0,
 ) -> Excess:
     """The row with the largest error in units of its bound.
 
@@ -129,7 +136,7 @@ def _worst(
         definitions: The definition's results.
         oracle: The exact values.
         roundings: Dtypes in each of which the row's largest value may be rounded once more.
-        code_step: A part of the row's largest value that may be added: one step of a code.
+        more: A part of the row's largest value that may be added: one step of a code, truncations.
     """
     if oracle.numel() == 0:
         return Excess(name, 0, 0.0, 0.0)
@@ -137,9 +144,7 @@ def _worst(
     errors = [(each.double().reshape(rows.shape) - rows).abs().amax(-1) for each in (result, *definitions)]
     error, allowed = errors[0], torch.stack(errors[1:]).amax(0)
     largest = rows.abs().amax(-1)
-    relative = (
-        sum(torch.finfo(dtype).eps / 2 for dtype in roundings) + 4 * torch.finfo(torch.float32).eps / 2 + code_step
-    )
+    relative = sum(torch.finfo(dtype).eps / 2 for dtype in roundings) + 4 * torch.finfo(torch.float32).eps / 2 + more
     bound = FACTOR * allowed + largest * relative + max(torch.finfo(dtype).smallest_normal for dtype in roundings)
     error = error.nan_to_num(torch.inf, torch.inf)
     ratio = torch.where(allowed.isfinite() & largest.isfinite(), error / bound, 0.0)
@@ -159,6 +164,30 @@ def _code_step(step: Step, arguments: Mapping[str, Any]) -> float:
         return 1 / 3  # from 4 to 6
     scale_format = arguments.get("scale_format", "float32")
     return 2.0**-3 if scale_format != "float32" else 0.0
+
+
+def _truncations(pattern: Pattern, name: str, dtype: torch.dtype, arch: str) -> float:
+    """What truncation may add to an output in this dtype, as a part of its row's largest value."""
+    if TRUNCATING.get(arch) != dtype:
+        return 0.0
+    return _roundings(pattern, _symbol(pattern, name)) * torch.finfo(dtype).eps / 2
+
+
+def _roundings(pattern: Pattern, symbol: Symbol) -> int:
+    """How many words round on the way to a value."""
+    if symbol.step is None:
+        return 0
+    rounds = not symbol.step.operation.name.startswith("quantize_")
+    return rounds + max(_roundings(pattern, x) for x in symbol.step.operands.values() if isinstance(x, Symbol))
+
+
+def _floor(arguments: Mapping[str, Any]) -> float:
+    """The least scale of a dynamic FP8 quantisation; 0 where it has none."""
+    given = arguments.get("min_scale")
+    if given is None:
+        largest = arguments.get("fp8_max") or torch.finfo(arguments.get("fp8_dtype", torch.float8_e4m3fn)).max
+        given = 1 / (512 * largest)
+    return float(torch.tensor(given, dtype=torch.float32))
 
 
 def _symbol(pattern: Pattern, name: str) -> Symbol:

@@ -8,14 +8,14 @@ from importlib.machinery import PathFinder
 import pytest
 import torch
 
-from fusion_core import Device
+from fusion_core import Device, FixedTokens
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.testing import example_site
 from fusion_core.testing.sites import resized, with_outputs
 from fusion_flashinfer import availability, limits, strategies
 from fusion_flashinfer.kernels import KERNELS
 from fusion_flashinfer.limits import LIMITS, MIB
-from fusion_flashinfer.requirements import FixedTokens, KernelPresent, Measured, MulticastAllowed
+from fusion_flashinfer.requirements import KernelPresent, Measured, MulticastAllowed
 from fusion_flashinfer.strategies import STRATEGIES
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

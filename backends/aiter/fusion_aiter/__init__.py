@@ -1,38 +1,40 @@
-"""AITER on AMD GPUs: whether it can be used here. Its strategies are not written yet."""
+"""AITER's fused all-reduce on AMD GPUs. Importing this imports neither AITER nor its operators."""
 
 from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
 
-import torch
-
-from fusion_core import Device, Reason, hookimpl
-
-ARCHITECTURES = ("gfx942", "gfx950")
-"""GPUs that AITER supports (its README); its gfx1250 build has no fused all-reduce."""
-
-MARKERS = ("dist/device_communicators/custom_all_reduce.py", "jit/core.py")
-"""Files that AMD's package has and the unrelated package of the same name does not."""
+from fusion_aiter import availability, strategies
+from fusion_core import Device, Reason, Status, Strategy, hookimpl
 
 
 @hookimpl
 def fusion_available(device: Device) -> Iterator[Reason]:
-    """Why AITER cannot be used on a device. Looks for its files; without ROCm its import raises."""
-    if not torch.version.hip:
-        yield Reason("platform", "this torch is not built for ROCm", "a ROCm build")
-    elif device.type != "cuda" or device.arch not in ARCHITECTURES:
-        yield Reason("arch", f"device is {device}", " or ".join(ARCHITECTURES))
-    spec = find_spec("aiter")
-    if spec is None:
-        yield Reason(
-            "not_installed", "aiter is not installed", "AMD's aiter", hint="see ROCm/aiter for how to build it"
-        )
-    elif not any(
-        all((Path(place) / marker).is_file() for marker in MARKERS) for place in spec.submodule_search_locations or ()
-    ):
-        yield Reason(
-            "wrong_package",
-            f"aiter at {spec.origin} is not AMD's",
-            "AMD's aiter",
-            hint="uninstall the package named aiter, it is unrelated",
-        )
+    """Why AITER cannot be used on a device. Reads its source and never imports it; without ROCm its import raises."""
+    yield from availability.unavailable(device)
+
+
+@hookimpl
+def fusion_strategies() -> tuple[Strategy, ...]:
+    """A strategy for every pattern that AITER has a kernel for."""
+    return strategies.STRATEGIES
+
+
+@hookimpl
+def fusion_status(device: Device) -> Iterator[Status]:
+    """The communicators of this process, and what made one fail."""
+    from fusion_aiter.communicators import COMMUNICATORS
+
+    yield from COMMUNICATORS.status()
+
+
+def release(group: str | None = None) -> None:
+    """Give back the GPU memory of one process group's communicator, or of all.
+
+    Call it on every rank of the group before the group is destroyed, when no CUDA graph that holds a fused operator is
+    left: the ranks close it together. The next call makes one anew.
+
+    Args:
+        group: The process group's name; None for every group.
+    """
+    from fusion_aiter.communicators import COMMUNICATORS
+
+    COMMUNICATORS.groups.release(group)

@@ -8,13 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_core import Attribute, DType, MultipleOf, Requirement, SameDType, Strategy, WorldSize
+from fusion_core import (
+    Attribute,
+    DType,
+    DTypeAttribute,
+    FixedTokens,
+    MultipleOf,
+    Requirement,
+    SameDType,
+    Strategy,
+    WorldSize,
+)
 from fusion_flashinfer.kernels import KERNELS, Kernel
 from fusion_flashinfer.ops import operator
 from fusion_flashinfer.requirements import (
     Capability,
-    DTypeAttribute,
-    FixedTokens,
     KernelPresent,
     Measured,
     MulticastAllowed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,15 +13,11 @@ from fusion_flashinfer.limits import LIMITS
 from fusion_flashinfer.requirements import (
     MOST_THREADS,
     Capability,
-    DTypeAttribute,
-    FixedTokens,
     KernelPresent,
     Measured,
     MulticastAllowed,
     OneCluster,
 )
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @sides.register
@@ -65,19 +60,6 @@ def _(requirement: OneCluster, site: Site) -> Sides:
 
 
 @sides.register
-def _(requirement: DTypeAttribute, site: Site) -> Sides:
-    own = site.inputs[requirement.arg].dtype
-    allowed = (None, own, *requirement.others)
-    others = [dtype for dtype in DTYPES if dtype not in allowed]
-    absent = {name: value for name, value in site.attributes.items() if name != requirement.name}
-
-    def given(values: Iterable[Any]) -> tuple[Site, ...]:
-        return tuple(replace(site, attributes={**absent, requirement.name: value}) for value in values)
-
-    return Sides((*given(allowed), replace(site, attributes=absent)), given(others))
-
-
-@sides.register
 def _(requirement: Measured, site: Site) -> Sides:
     arg = requirement.arg
     tensor = site.inputs[arg]
@@ -97,12 +79,6 @@ def _(requirement: Measured, site: Site) -> Sides:
     unmet += [replace(_on(site, "sm_90"), world_size=ranks) for ranks in (1, 3, 16) if ranks not in measured]
     unmet += [replace(_on(site, arch), world_size=2) for arch in ("sm_89", "gfx942", "")]
     return Sides(tuple(met), tuple(unmet))
-
-
-@sides.register
-def _(requirement: FixedTokens, site: Site) -> Sides:
-    tensor = site.inputs[requirement.arg]
-    return Sides((_sized(site, requirement.arg, (4, *tensor.shape[-1:])),), (_unknown(site, requirement.arg),))
 
 
 def _unknown(site: Site, arg: str) -> Site:

@@ -1,0 +1,1 @@
+"""Where AITER compiles its kernels."""

@@ -26,7 +26,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-import launch_environment  # noqa: F401  before torch
+import launch_environment  # before torch
 import tables
 import torch
 import torch.distributed as dist
@@ -343,7 +343,8 @@ def run(options):
     say("loaded")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.processor()})"
     record = {
-        "command": f"torchrun --nproc-per-node {dist.get_world_size()} {' '.join(sys.argv)}",
+        "command": launch_environment.settings()
+        + f"torchrun --nproc-per-node {dist.get_world_size()} {' '.join(sys.argv)}",
         "date": datetime.date.today().isoformat(),
         "machine": f"{dist.get_world_size()} x {gpu}",
         "ranks": dist.get_world_size(),

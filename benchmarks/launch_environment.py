@@ -21,3 +21,8 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(),
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(16, len(os.sched_getaffinity(0)) // _RANKS))))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler says on stderr when it starts
+
+
+def settings():
+    """What of fusion_core's the environment sets, as it stands before a command."""
+    return "".join(f"{name}={value} " for name, value in sorted(os.environ.items()) if name.startswith("FUSION_CORE_"))

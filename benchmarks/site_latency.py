@@ -42,7 +42,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import launch_environment  # noqa: F401  before torch
+import launch_environment  # before torch
 import tables
 import torch
 import torch.distributed as dist
@@ -546,7 +546,8 @@ def run(options):
     columns = Columns(options)
     columns.prepare()
     record = {
-        "command": f"torchrun --nproc-per-node {dist.get_world_size()} {' '.join(sys.argv)}",
+        "command": launch_environment.settings()
+        + f"torchrun --nproc-per-node {dist.get_world_size()} {' '.join(sys.argv)}",
         "date": datetime.date.today().isoformat(),
         "machine": f"{dist.get_world_size()} x {torch.cuda.get_device_name()}",
         "ranks": dist.get_world_size(),

@@ -13,8 +13,8 @@ by what right spellings of one computation differ in:
   value for each rounding on the way to the output. That is a weaker promise than elsewhere, and such a backend's
   documentation has to say so.
 
-A scale that stands at the quantisation's floor is judged by its codes alone: the floor is there to keep a division
-finite, and kernels with another or none write another scale that means the same.
+A scale that stands at the quantisation's floor is judged by its codes alone, up to a floor of 1e-5: such a one is there
+to keep a division finite, and kernels with another or none write another scale that means the same.
 
 The definition's error is the largest over the runs that it is given: with the ranks in every cyclic order, as the
 vocabulary leaves the order of the sum to the process group, and with subnormal inputs flushed.
@@ -39,6 +39,8 @@ from fusion_core.vocabulary.fp8 import dequantize_fp8
 from fusion_core.vocabulary.operation import Step, Symbol
 
 FACTOR = 1.5
+LARGEST_FLOOR = 1e-5
+"""Of a dynamic FP8 scale that only keeps a division finite; those in use reach from 0 to 1 / (512 * 240)."""
 TRUNCATING = {"gfx942": torch.bfloat16}
 """Architecture → the dtype to which its conversion truncates: AMD's kernels there round by hand (aiter#5151)."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -182,12 +184,12 @@ def _roundings(pattern: Pattern, symbol: Symbol) -> int:
 
 
 def _floor(arguments: Mapping[str, Any]) -> float:
-    """The least scale of a dynamic FP8 quantisation; 0 where it has none."""
+    """The least scale of a dynamic FP8 quantisation; 0 where it has none, or one that is there to be seen."""
     given = arguments.get("min_scale")
     if given is None:
         largest = arguments.get("fp8_max") or torch.finfo(arguments.get("fp8_dtype", torch.float8_e4m3fn)).max
         given = 1 / (512 * largest)
-    return float(torch.tensor(given, dtype=torch.float32))
+    return float(torch.tensor(given, dtype=torch.float32)) if given <= LARGEST_FLOOR else 0.0
 
 
 def _symbol(pattern: Pattern, name: str) -> Symbol:

@@ -31,12 +31,12 @@ def test_a_right_backend_passes_and_every_check_has_a_line(run):
     lines = [line for line in text.splitlines() if line.startswith("reference.")]
     assert len(lines) == 13
     assert all(line.split()[2:] == ["ok", "ok"] for line in lines)
-    assert "26 of 26 checks without a failure, 0 failed" in text
+    assert "26 of 26 checks passed, 0 failed" in text
 
 
 def test_json(run):
     answer = json.loads(run("verify", "reference", "--examples", "1", "--json", *FEW).stdout)
-    assert answer.keys() == {"backend", "examples", "strict", "failed", "strategies"}
+    assert answer.keys() == {"backend", "examples", "strict", "failed", "machine", "usable", "strategies"}
     assert answer["failed"] == 0
     assert answer["strategies"][0].keys() == {"strategy", "pattern", "checks"}
     assert answer["strategies"][0]["checks"]["accepts_its_own_example"] == {"outcome": "passed", "why": ""}
@@ -54,7 +54,6 @@ def test_a_backend_that_refuses_everything_fails_with_its_reason(run, monkeypatc
     ("arguments", "why"),
     [
         (("verify", "nobody"), "order names backend 'nobody', which is not installed"),
-        (("verify", "aiter"), "backend 'aiter' has no strategies"),
         (
             ("verify", "reference", "--check", "is_nice"),
             "--check is is_nice, needs names among accepts_its_own_example",
@@ -74,3 +73,31 @@ def test_the_pools_are_stopped(run, monkeypatch):
     monkeypatch.setattr(pools, "close", lambda: stopped.append(True))
     run("verify", "reference", "--examples", "1", "--check", "accepts_its_own_example")
     assert stopped == [True]
+
+
+def test_a_backend_without_strategies(run, monkeypatch):
+    import sys
+    import types
+    from importlib.metadata import EntryPoint
+
+    monkeypatch.setitem(sys.modules, "empty_plugin", types.ModuleType("empty_plugin"))
+    monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint("empty", "empty_plugin", registry.GROUP)])
+    assert "backend 'empty' has no strategies" in run("verify", "empty", status=2).stderr
+
+
+def test_what_cannot_run_here_is_said_once_for_all_strategies(run):
+    text = run("verify", "aiter", "--check", "fake_matches_real", "--check", "takes_no_rows_or_refuses").stdout
+    (line,) = [line for line in text.splitlines() if "cannot run here; on cpu" in line]
+    assert line.startswith("  fake_matches_real, takes_no_rows_or_refuses (aiter.all_reduce, aiter.all_reduce_rms_norm, ")
+    assert "and 12 more): cannot run here; on cpu: this torch is not built for ROCm" in line
+    assert "0 of 30 checks passed, 0 failed, 30 cannot run here" in text
+
+
+def test_json_says_what_the_machine_is_and_why_nothing_runs(run, monkeypatch):
+    monkeypatch.setenv("AITER_CUSTOM_AR_MAX_SIZE", "0")
+    answer = json.loads(run("verify", "aiter", "--json", "--check", "accepts_its_own_example").stdout)
+    machine = answer["machine"]
+    assert machine.keys() == {"device", "gpus", "system", "python", "cuda", "rocm", "versions", "settings"}
+    assert machine["versions"]["torch"]
+    assert machine["settings"]["AITER_CUSTOM_AR_MAX_SIZE"] == "0"
+    assert [reason["code"] for reason in answer["usable"]["reasons"]] == ["platform", "not_installed"]

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from fusion_core import BackendError
 from fusion_core.patterns.plain import all_reduce_add_rms_norm
@@ -13,8 +12,6 @@ from fusion_core.testing import CHECKS, CheckFailed, example_site, sides, subjec
 from fusion_flashinfer import requirements
 from fusion_flashinfer.requirements import (
     Capability,
-    DTypeAttribute,
-    FixedTokens,
     KernelPresent,
     Measured,
     MulticastAllowed,
@@ -26,10 +23,7 @@ from tests.testing.test_requirement_mutations import caught, changed, mutants
 REQUIREMENTS = [
     Capability(10),
     OneCluster("x"),
-    DTypeAttribute("norm_dtype", "x"),
-    DTypeAttribute("norm_dtype", "x", (torch.float32,)),
     Measured("x"),
-    FixedTokens("x"),
 ]
 OF_THE_MACHINE = [
     KernelPresent("kAllReduce", 0, 0),

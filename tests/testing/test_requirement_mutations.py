@@ -15,6 +15,8 @@ from fusion_core import (
     Contiguous,
     Dimensions,
     DType,
+    DTypeAttribute,
+    FixedTokens,
     LiveOutputs,
     MultipleOf,
     OnDevice,
@@ -56,6 +58,11 @@ REQUIREMENTS = [
     LiveOutputs("normed", "residual_out"),
     Attribute("weight_bias", 0.0, 1.0),
     Attribute("norm_dtype", None),
+    DTypeAttribute("norm_dtype", "x"),
+    DTypeAttribute("norm_dtype", "x", (torch.float32,)),
+    DTypeAttribute("norm_dtype", "weight"),
+    FixedTokens("x"),
+    FixedTokens("weight"),
 ]
 CLASSES = list(dict.fromkeys(type(requirement) for requirement in REQUIREMENTS))
 

@@ -1,5 +1,6 @@
 """AITER's fused all-reduce on AMD GPUs. Importing this imports neither AITER nor its operators."""
 
+import sys
 from collections.abc import Iterator
 
 from fusion_aiter import availability, strategies
@@ -20,9 +21,12 @@ def fusion_strategies() -> tuple[Strategy, ...]:
 
 @hookimpl
 def fusion_status(device: Device) -> Iterator[Status]:
-    """The communicators of this process, and what made one fail."""
+    """Which AITER is installed, the communicators of this process, and what made one fail."""
     from fusion_aiter.communicators import COMMUNICATORS
 
+    if words := availability.installed_release():
+        state = "imported" if "aiter" in sys.modules else "not imported yet: imported at the first call"
+        yield Status(words, 0, state)
     yield from COMMUNICATORS.status()
 
 

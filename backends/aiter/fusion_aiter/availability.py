@@ -135,6 +135,12 @@ def release_of(source: Source) -> str:
     return "v0.1.14 or v0.1.15" if "fused_ar_rms_per_group_quant" in source.methods else "older than v0.1.14"
 
 
+def installed_release() -> str | None:
+    """What is installed, in words; None where AMD's AITER is not."""
+    source = installed()
+    return f"AITER at {source.root}{_metadata()}, {release_of(source)}" if isinstance(source, Source) else None
+
+
 def handles_expandable_segments(source: Source) -> bool:
     """Whether this AITER works with torch's expandable segments; before v0.1.20 its constructor ends the process."""
     return "_expandable_segments_enabled" in source.names

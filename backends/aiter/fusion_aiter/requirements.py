@@ -40,16 +40,16 @@ class RowFits:
         arch, ranks = site.device.arch, site.world_size
         if any(stages_that_run(self.kernel, hidden, size, ranks, arch, one_stage=self.one_stage)):
             return None
+        return self._refusal(hidden, size, ranks, arch)
+
+    def _refusal(self, hidden: int, itemsize: int, ranks: int, arch: str) -> Reason:
+        needs = self._needs(ranks, itemsize)
+        if arch in LATE_GRAPHS and one_stage_runs(hidden, itemsize):
+            found = f"{self.arg}.shape[-1] is {hidden}, which AITER only takes in one stage at {ranks} ranks"
+            hint = "the option aiter.one_stage allows it, and CUDA graphs may be wrong then (ROCm/aiter#4888)"
+            return Reason("size", found, needs, self.arg, hint)
         found = f"{self.arg}.shape[-1] is {hidden}, which AITER has no kernel for at {ranks} ranks"
-        if arch in LATE_GRAPHS and one_stage_runs(hidden, size):
-            return Reason(
-                "size",
-                f"{self.arg}.shape[-1] is {hidden}, which AITER only takes in one stage at {ranks} ranks",
-                self._needs(ranks, size),
-                self.arg,
-                "FusionConfig(options=('aiter.one_stage',)) allows it; CUDA graphs may be wrong then (ROCm/aiter#4888)",
-            )
-        return Reason("size", found, self._needs(ranks, size), self.arg)
+        return Reason("size", found, needs, self.arg)
 
     def _needs(self, ranks: int, itemsize: int) -> str:
         """Sizes that two stages take, in few words: they have no gaps that models are in."""

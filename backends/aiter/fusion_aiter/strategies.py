@@ -138,17 +138,16 @@ def _requirements(kernel: Kernel, *, one_stage: bool) -> tuple[Requirement, ...]
         Arch(*(LATE_GRAPHS if one_stage else ARCHITECTURES)),
         WorldSize(*WORLD_SIZES),
         DType("x", *HALVES, *(() if kernel.quantization else (torch.float32,))),
-        # the kernels read every tensor in x's dtype; another one would be garbage without an error (vLLM#48324)
-        SameDType("x", *("residual",) * kernel.adds, *("weight", "normed") * kernel.norms, total),
-        MultipleOf("x", dim=-1, of=32 if kernel.quantization == "mxfp4" else 8),
     ]
-    if kernel.norms:
-        found.append(RowFits("x", kernel, one_stage))
+    if not kernel.norms:
+        return (*found, MultipleOf("x", dim=-1, of=8))
+    # the kernels read every tensor in x's dtype; another one would be garbage without an error (vLLM#48324)
+    found.append(SameDType("x", *("residual",) * kernel.adds, "weight", "normed", total))
+    found.append(RowFits("x", kernel, one_stage))
     if kernel.adds:
         found.append(DTypeAttribute("residual_dtype", "x"))
-    if kernel.norms:
-        # a norm that only the quantisation reads may stay in float32, as in the kernel
-        found.append(DTypeAttribute("norm_dtype", "x", (torch.float32,) if kernel.quantization else ()))
+    if not kernel.quantization:  # else it is in float32 there, until somebody reads it
+        found.append(DTypeAttribute("norm_dtype", "x"))
     if kernel.gemma:
         found.append(Attribute("weight_bias", 0.0, 1.0))
     if kernel.quantization.endswith("fp8"):

@@ -74,10 +74,20 @@ def _(requirement: Published, site: Site) -> Sides:
     for (arch, ranks), limit in LIMITS.items():
         here = replace(_on(site, arch), world_size=ranks)
         met += [_sized(here, arg, (size // row, hidden)) for size in (0, row, limit)]
+        met.append(_unknown(here, arg))  # the operator looks when it runs
         unmet.append(_sized(here, arg, (limit // row + 1, hidden)))
     unmet += [replace(_on(site, "gfx950"), world_size=ranks) for ranks in (1, 3, 16)]
     unmet += [replace(_on(site, arch), world_size=2) for arch in ("gfx90a", "gfx1250", "sm_90", "")]
     return Sides(tuple(met), tuple(unmet))
+
+
+def _unknown(site: Site, arg: str) -> Site:
+    """The site with a number of rows that is known only at run time."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it brings sympy
+
+    tensor = site.inputs[arg]
+    shape = (ShapeEnv().create_unbacked_symint(), *tensor.shape[-1:])
+    return replace(site, inputs={**site.inputs, arg: replace(tensor, shape=shape, stride=None)})
 
 
 def _given(site: Site, name: str, met: Iterable[Any], unmet: Iterable[Any]) -> Sides:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Iterator
-from typing import Any
 
 import typer
 
+from fusion_core.cli import machine
 from fusion_core.cli.options import Json, Options, Order, Strict, make_config
 from fusion_core.cli.output import print_json, show, table
-from fusion_core.errors import BackendError
 from fusion_core.registry import Registry
 from fusion_core.site import Device
 
@@ -25,7 +22,7 @@ def backends(order: Order = None, strict: Strict = False, options: Options = Non
         registry = Registry.load(config)
     device = Device.here()
     reasons = {name: registry.unavailable(name, device) for name in registry.backends}
-    held = [row for name in registry.backends if not reasons[name] for row in _held(registry, name, device)]
+    held = [row for name in registry.backends if not reasons[name] for row in machine.held(registry, name, device)]
     if as_json:
         print_json(
             {
@@ -69,12 +66,3 @@ def backends(order: Order = None, strict: Strict = False, options: Options = Non
         typer.echo("\nnot loaded")
         for failure in registry.failures:
             typer.echo(f"  {failure}")
-
-
-def _held(registry: Registry, backend: str, device: Device) -> Iterator[dict[str, Any]]:
-    """What a backend holds, as plain JSON types; where it cannot tell, one row that says why."""
-    try:
-        for status in registry.status(backend, device):
-            yield {"backend": backend, **dataclasses.asdict(status)}
-    except BackendError as error:
-        yield {"backend": backend, "subject": "", "memory": None, "state": str(error)}

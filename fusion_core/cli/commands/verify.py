@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fusion_core.cli import machine
 from fusion_core.cli.options import Json
 from fusion_core.cli.output import Stages, print_json, show, table
 from fusion_core.config import FusionConfig
 from fusion_core.errors import ConfigError
+from fusion_core.site import Device
 
 if TYPE_CHECKING:
     from fusion_core.testing import Check, Subject
 
-_MARKS = {"passed": "ok", "failed": "FAILED", "skipped": "skipped", "not applicable": "–"}
+_MARKS = {"passed": "ok", "failed": "FAILED", "skipped": "skip", "not applicable": "–"}
 
 
 def verify(
@@ -28,7 +31,7 @@ def verify(
     """Check that a backend keeps what its strategies promise, on this machine.
 
     What cannot run here is skipped with its reason; with FUSION_CORE_STRICT=1 that is a failure. Exit status 1 where
-    a check fails.
+    a check fails. With --json the answer says what this machine is, and is what a report of a problem needs.
     """
     if importlib.util.find_spec("hypothesis") is None:
         raise ConfigError("hypothesis is not installed, needs the testing extra; pip install 'fusion-core[testing]'")
@@ -57,11 +60,19 @@ def verify(
         pools.close()
     failed = sum(result["outcome"] == "failed" for row in rows for result in row["checks"].values())
     if as_json:
-        print_json({"backend": backend, "examples": examples, "strict": strict, "failed": failed, "strategies": rows})
+        answer = {"backend": backend, "examples": examples, "strict": strict, "failed": failed}
+        print_json({**answer, "machine": machine.machine(), "usable": _usable(found[0]), "strategies": rows})
     else:
-        _show(rows, failed)
+        _show(rows)
     if failed:
         raise typer.Exit(1)
+
+
+def _usable(subject: Subject) -> dict[str, Any]:
+    """Why the backend cannot be used on this machine's device, and what it holds there."""
+    device, registry = Device.here(), subject.registry
+    reasons = [reason.to_dict() for reason in registry.unavailable(subject.backend, device)]
+    return {"reasons": reasons, "status": list(machine.held(registry, subject.backend, device))}
 
 
 def _row(subject: Subject, checks: list[Check], strict: bool) -> dict[str, Any]:
@@ -86,7 +97,7 @@ def _outcome(subject: Subject, check: Check, strict: bool) -> dict[str, str]:
     return {"outcome": "passed", "why": ""}
 
 
-def _show(rows: list[dict[str, Any]], failed: int) -> None:
+def _show(rows: list[dict[str, Any]]) -> None:
     names = list(rows[0]["checks"])
     for number, name in enumerate(names, 1):
         typer.echo(f"  {number:2}  {name.replace('_', ' ')}")
@@ -97,15 +108,23 @@ def _show(rows: list[dict[str, Any]], failed: int) -> None:
         grid.add_row(row["strategy"], row["pattern"], *marks)
     show(grid)
     for outcome in ("failed", "skipped", "not applicable"):
-        reasons: dict[tuple[str, str], list[str]] = {}
+        reasons: dict[str, dict[str, list[str]]] = {}
         for row in rows:
             for name, result in row["checks"].items():
                 if result["outcome"] == outcome:
-                    reasons.setdefault((name, result["why"]), []).append(row["strategy"])
+                    # what is said of several strategies alike is said once
+                    why = result["why"].removeprefix(row["strategy"]).lstrip(": ")
+                    reasons.setdefault(why, {}).setdefault(name, []).append(row["strategy"])
         if reasons:
             typer.echo(f"{os.linesep}{outcome}")
-        for (name, why), strategies in reasons.items():
-            places = ", ".join(strategies[:3]) + (f" and {len(strategies) - 3} more" if len(strategies) > 3 else "")
-            typer.echo(f"  {name} ({places}): {why}")
-    checks = sum(len(row["checks"]) for row in rows)
-    typer.echo(f"{os.linesep}{checks - failed} of {checks} checks without a failure, {failed} failed")
+        for why, places in reasons.items():
+            strategies = list(dict.fromkeys(each for found in places.values() for each in found))
+            typer.echo(f"  {_few(list(places))} ({_few(strategies)}): {why}")
+    outcomes = Counter(result["outcome"] for row in rows for result in row["checks"].values())
+    words = {"failed": "failed", "skipped": "cannot run here", "not applicable": "do not apply"}
+    rest = [f"{outcomes[each]} {word}" for each, word in words.items() if outcomes[each] or each == "failed"]
+    typer.echo(f"{os.linesep}{outcomes['passed']} of {outcomes.total()} checks passed, {', '.join(rest)}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

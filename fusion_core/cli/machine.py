@@ -1,0 +1,52 @@
+"""What a report about a machine needs to say about it, as plain JSON types."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from fusion_core.errors import BackendError
+from fusion_core.registry import Registry
+from fusion_core.site import Device
+
+DISTRIBUTIONS = ("fusion-core", "torch", "triton", "pytorch-triton-rocm", "flashinfer-python", "amd-aiter")
+SETTINGS = ("FUSION_CORE_", "AITER_", "FLASHINFER_", "NCCL_", "TORCH_SYMM_MEM_", "PYTORCH_", "HSA_", "HIP_", "ROCR_")
+"""What settings of the environment begin with that kernels and their libraries read."""
+
+
+def machine() -> dict[str, Any]:
+    """This machine's GPUs, versions and settings."""
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    names = [f"{gpu.name} ({Device.of(torch.device('cuda', index)).arch})" for index, gpu in enumerate(gpus)]
+    return {
+        "device": str(Device.here()),
+        "gpus": names,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        "versions": {name: found for name in DISTRIBUTIONS if (found := _version(name)) is not None},
+        "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def held(registry: Registry, backend: str, device: Device) -> Iterator[dict[str, Any]]:
+    """What a backend holds; where it cannot tell, one row that says why."""
+    try:
+        for status in registry.status(backend, device):
+            yield {"backend": backend, **dataclasses.asdict(status)}
+    except BackendError as error:
+        yield {"backend": backend, "subject": "", "memory": None, "state": str(error)}

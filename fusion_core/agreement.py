@@ -89,9 +89,9 @@ class Agreement:
         self._step += 1
         decision = f"{self._step}/decision"
         keys = [f"{self._step}/{rank}" for rank in range(self.size)]
-        self._store.set(keys[self.rank], b"here")
-        if failure is not None:
+        if failure is not None:  # before the others can see this rank: they would settle that all agree
             self._settle(decision, self._ours(failure))
+        self._store.set(keys[self.rank], b"here")
         arrived = self._wait(lambda: self._store.check([decision]) or self._store.check(keys))
         settled = self._settle(decision, None if arrived else self._missing(keys))
         return None if settled == "agreed" else Reason(**json.loads(settled))

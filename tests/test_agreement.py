@@ -140,3 +140,36 @@ def test_a_destroyed_group_is_named():
 
     with pytest.raises(NoAgreement, match="the group of a thing is destroyed"):
         Agreement(Gone(), "a thing", 1)
+
+
+def test_a_failure_is_settled_before_the_others_can_see_that_all_are_here(monkeypatch):
+    class Two:
+        group_name = "tp"
+
+        def rank(self):
+            return 0
+
+        def size(self):
+            return 2
+
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_process_group_store", lambda group: store)
+    ours = Agreement(Two(), "a thing", 1)
+    real = ours._store
+
+    class Watched:
+        """The other rank, which came first, looks whenever anything is written."""
+
+        def set(self, key, value):
+            real.set(key, value)
+            if real.check(["1/0", "1/1"]):
+                real.compare_set("1/decision", "", "agreed")
+
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+    real.set("1/1", b"here")
+    ours._store = Watched()
+    reason = ours.outcome(Reason("memory", "no memory is left"))
+    assert reason is not None
+    assert reason.found == "rank 0: no memory is left"

@@ -102,12 +102,14 @@ def life() -> list[Made]:
         mock.patch.multiple(
             creation.dist,
             get_process_group_ranks=lambda group: [0, 1],
-            new_group=lambda *given, **named: "own group",
             destroy_process_group=lambda group: None,
         ),
+        mock.patch.object(creation, "_gloo_group", return_value="own group"),
         mock.patch.object(library, "module", return_value=module),
     ):
-        made = creation.create("the model's group", X.device, 1 << 20, [{"made": 0}, {"made": 0}])
+        made = creation.create(
+            "the model's group", X.device, 1 << 20, [{"made": 0, "token": "a"}, {"made": 0, "token": "b"}]
+        )
         held = Held(("0",), lambda: None, 2, X.device, "gfx950", made.communicator, made, 1 << 20)
         ask(held)
         creation.free(made)

@@ -42,6 +42,7 @@ class Held(PerGroup):
         failure: Why there is none, or none larger, and will be none.
         checked: (kernel's name, dtype, one stage, large) → None where the self-check passed, else why not.
         retired: Smaller ones that CUDA graphs may hold.
+        outgrown: Zeros that were too few for a later call, and that CUDA graphs and other streams may still read.
     """
 
     arch: str
@@ -51,6 +52,15 @@ class Held(PerGroup):
     failure: Reason | None = None
     checked: dict[tuple[Any, ...], Reason | None] = field(default_factory=dict)
     retired: list[creation.Made] = field(default_factory=list)
+    outgrown: list[Tensor] = field(default_factory=list)
+
+    def zeros_like(self, like: Tensor, room: int) -> tuple[Tensor, bool]:
+        """Zeros of a tensor's shape, as in the base class; what has been given out stays what it is."""
+        before = self.zeros.get(like.dtype)
+        found = super().zeros_like(like, room)
+        if before is not None and before is not self.zeros[like.dtype]:
+            self.outgrown.append(before)
+        return found
 
     def replace(self, made: creation.Made, max_size: int) -> None:
         """Take a new communicator; the old one is kept where a graph may hold it, else given back."""
@@ -65,7 +75,7 @@ class Held(PerGroup):
     def memory(self) -> int:
         """Bytes of GPU memory."""
         made = [*self.retired, *([] if self.made is None else [self.made])]
-        return sum(each.memory for each in made) + sum(each.nbytes for each in self.zeros.values())
+        return sum(each.memory for each in made) + sum(each.nbytes for each in (*self.zeros.values(), *self.outgrown))
 
     def release(self) -> None:
         """Give the memory back."""
@@ -74,6 +84,7 @@ class Held(PerGroup):
         self.max_size = 0
         self.retired.clear()
         self.zeros.clear()
+        self.outgrown.clear()
         for each in made:
             creation.free(each)
 
@@ -117,14 +128,18 @@ class Communicators:
         if max_tokens is not None and tokens > max_tokens:
             return None
         stage = stage_at(kernel, tokens, hidden, x.dtype.itemsize, held.world_size, held.arch, one_stage=one_stage)
-        if stage is None or (held.failure is not None and x.nbytes > held.max_size):
+        if stage is None:
+            return None
+        strategy = _strategy(kernel, one_stage)
+        if held.failure is not None and x.nbytes > held.max_size:
+            fell_back(strategy, group, held.failure)  # for this strategy too: another's call may have met it first
             return None
         # above that size AITER runs other kernels, which are checked by themselves
         check = (kernel.name, x.dtype, stage, x.nbytes > MOST_SHARED)
         verdict = held.checked.get(check, _UNCHECKED)
         if isinstance(verdict, Reason):
+            fell_back(strategy, group, verdict)
             return None
-        strategy = _strategy(kernel, one_stage)
         lacking = x.nbytes > held.max_size or verdict is _UNCHECKED
         if lacking and not self._prepare(held, kernel, x, max_tokens, check, strategy):
             return None
@@ -169,7 +184,8 @@ class Communicators:
             torch.cuda.set_device(held.device)
         hidden = x.shape[1]
         row = hidden * x.dtype.itemsize
-        rows = MOST_SHARED // row + 1 if check[3] else 2 * held.world_size + 1  # of the self-check
+        # of the self-check: no more than the smallest communicator takes
+        rows = MOST_SHARED // row + 1 if check[3] else min(2 * held.world_size + 1, LEAST // row)
         if x.nbytes > held.max_size:
             wanted = MOST
             if max_tokens is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -55,12 +56,12 @@ class Made(NamedTuple):
 
 
 def facts(device: torch.device, max_size: int) -> tuple[dict[str, Any], Reason | None]:
-    """What must be the same on all ranks, and why this rank cannot make a communicator.
+    """What ranks compare and exchange, and why this rank cannot make a communicator.
 
     Imports AITER, and builds its kernels where they are not built yet.
     """
     found: dict[str, Any] = {"max_size": max_size, "host": host(), "gpu": None, "index": device.index}
-    found |= {"arch": Device.of(device).arch, "release": _release(), "made": 0}
+    found |= {"arch": "", "release": "", "made": 0, "token": uuid.uuid4().hex}
     found |= {name: os.environ.get(name, "") for name in SETTINGS}
     if (store := _default_store()) != "TCPStore":
         return found, Reason(
@@ -70,6 +71,7 @@ def facts(device: torch.device, max_size: int) -> tuple[dict[str, Any], Reason |
             hint="start with torchrun, or init_process_group(init_method='tcp://...')",
         )
     try:
+        found |= {"arch": Device.of(device).arch, "release": _release()}
         library.module()
         found["made"] = library.communicators_made() or 0
         if device.type == "cuda":
@@ -140,13 +142,7 @@ def create(group: dist.ProcessGroup, device: torch.device, max_size: int, ranks:
     # groups may have made more of them, and would wait for each other for ever.
     if len({rank["made"] for rank in ranks}) > 1:
         module.IPCBufferPool._pool_seq = max(rank["made"] for rank in ranks)
-    # one of our own, by its members alone: AITER refuses NCCL, and its traffic must not mix with the model's
-    own = dist.new_group(
-        dist.get_process_group_ranks(group),
-        timeout=timedelta(seconds=STEP),
-        backend="gloo",
-        use_local_synchronization=True,
-    )
+    own = _gloo_group(group, f"fusion_aiter {ranks[0]['token']}")
     with _waits_of_the_default_store(STEP):
         communicator = module.CustomAllreduce(
             group=own, device=device, max_size=max_size, enable_register_for_capturing=False
@@ -185,6 +181,33 @@ def free(made: Made) -> None:
 
 
 _left_open: list[Made] = []
+
+
+def _gloo_group(group: dist.ProcessGroup, name: str) -> dist.ProcessGroup:
+    """A gloo group of the same ranks, made by them alone: AITER refuses NCCL, and must not meet the model's traffic.
+
+    `torch.distributed.new_group` with local synchronisation would call it after the number of groups that this process
+    is in. Ranks in other numbers of groups would wait for each other under two names, and a group that follows one that
+    was destroyed would read that one's addresses from the store.
+
+    Args:
+        group: Whose ranks.
+        name: The same on all ranks, and never used before.
+    """
+    torch_groups: Any = dist.distributed_c10d
+    members = dist.get_process_group_ranks(group)
+    made, _ = torch_groups._new_process_group_helper(
+        len(members),
+        group.rank(),
+        members,
+        dist.Backend("gloo"),
+        torch_groups._get_default_store(),
+        name,
+        timeout=timedelta(seconds=STEP),
+    )
+    assert isinstance(made, dist.ProcessGroup)
+    torch_groups._world.pg_group_ranks[made] = {member: rank for rank, member in enumerate(members)}
+    return made
 
 
 @contextmanager

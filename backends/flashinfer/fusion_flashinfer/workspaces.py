@@ -64,8 +64,6 @@ class Workspaces:
     ) -> Ready | None:
         held = self.groups.get((group, x.dtype is torch.float32, mnnvl), x.device)
         tokens, size = x.shape[0], x.numel()
-        if held.failure is not None and size > held.elements:  # what there is goes on
-            return None
         one_shot = held.bound.one_shot_at(size * x.dtype.itemsize, tokens, held.world_size)
         if one_shot is None or (max_tokens is not None and tokens > max_tokens):
             return None
@@ -73,7 +71,10 @@ class Workspaces:
             one_shot = None  # it has kernels of its own, and its own rule
         check = (kernel.code, x.dtype, one_shot, pdl)
         verdict = held.checked.get(check, _UNCHECKED)
-        if isinstance(verdict, Reason):
+        if held.failure is not None and size > held.elements:  # what there is goes on
+            verdict = held.failure
+        if isinstance(verdict, Reason):  # for this strategy too: another's call may have met it first
+            fell_back(_strategy(kernel, check, held.key), group, verdict)
             return None
         if (size > held.elements or verdict is _UNCHECKED) and not self._prepare(held, kernel, x, max_tokens, check):
             return None

@@ -68,7 +68,7 @@ class Family:
 SCALED_EMBEDDING = "the embedding's sum is scaled before it is normed"
 BARE_EMBEDDING = "the embedding's sum goes into the first layer without a norm"
 LAYER_NORM = "LayerNorm"
-SHARED_EXPERT = "the experts' sum is added to that of the shared expert before the residual"
+EACH_EXPERT = "what each expert gives is summed over the ranks, and over the experts only then"
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaConfig"),
@@ -80,7 +80,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family("Qwen3MoeConfig", {**HEADS, **EXPERTS}),
     "qwen2_moe": Family("Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 64}),
     "llama4": Family(
-        "Llama4TextConfig", {**HEADS, **PADDING, "num_local_experts": 4, "num_experts_per_tok": 4}, SHARED_EXPERT
+        "Llama4TextConfig", {**HEADS, **PADDING, "num_local_experts": 4, "num_experts_per_tok": 4}, EACH_EXPERT
     ),
     "deepseek_v3": Family(
         "DeepseekV3Config",
@@ -93,7 +93,6 @@ FAMILIES: dict[str, Family] = {
             "n_group": 1,
             "topk_group": 1,
         },
-        SHARED_EXPERT,
     ),
     "gemma": Family("GemmaConfig", HEADS, SCALED_EMBEDDING),
     "gemma2": Family("Gemma2Config", SOFTCAP, SCALED_EMBEDDING),
@@ -105,11 +104,9 @@ FAMILIES: dict[str, Family] = {
         {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.25},
         "the embedding's sum and the sum of each branch are scaled before they are added",
     ),
-    "cohere": Family("CohereConfig", {**PADDING, "logit_scale": 1.0}, f"{LAYER_NORM}; attention and MLP side by side"),
-    "cohere2": Family(
-        "Cohere2Config", {**PADDING, "logit_scale": 1.0}, f"{LAYER_NORM}; attention and MLP side by side"
-    ),
-    "phi": Family("PhiConfig", why=f"{LAYER_NORM}; attention and MLP side by side"),
+    "cohere": Family("CohereConfig", {**PADDING, "logit_scale": 1.0}, LAYER_NORM),
+    "cohere2": Family("Cohere2Config", {**PADDING, "logit_scale": 1.0}, LAYER_NORM),
+    "phi": Family("PhiConfig", why=LAYER_NORM),
     "gpt_neox": Family("GPTNeoXConfig", why=LAYER_NORM),
 }
 
@@ -161,16 +158,19 @@ def quiet() -> None:
 def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Reports by family, as a Markdown table."""
     lines = ["| model | all_reduces | recognised | the sum alone, because |", "| --- | --- | --- | --- |"]
-    lines += [row(name, report["sites"]) for name, report in reports.items()]
+    lines += [row(name, report) for name, report in reports.items()]
     versions = f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
     return "\n".join([*lines, "", f"{versions}, {LAYERS} layers, {RANKS} processes, bfloat16"])
 
 
-def row(name: str, sites: list[dict[str, Any]]) -> str:
+def row(name: str, report: Mapping[str, Any]) -> str:
     """One line of the table."""
+    sites = report["sites"]
     model = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config(name))].__name__
     per_layer, embedding = divmod(len(sites), LAYERS)
     total = f"{per_layer} a layer" + (f" + {embedding}" if embedding else "")
+    if gone := sum(len(merge["nodes"]) - 1 for merge in report["merges"] if not merge["reasons"]):
+        total += f", merged from {len(sites) + gone}"
     longer = Counter(spelled(site) for site in sites if site["pattern"] != "all_reduce")
     patterns = ", ".join(f"{count} {pattern}" for pattern, count in longer.items())
     alone = len(sites) - longer.total()

@@ -63,6 +63,7 @@ _ENVIRONMENT: dict[str, tuple[Callable[[str], Any], str]] = {
     "numerics": (_numerics, f"one of {', '.join(NUMERICS)}"),
     "limit": (_count, "a whole number, 0 or more"),
     "max_tokens": (_positive, "a whole number, 1 or more"),
+    "merge": (_flag, "one of 1, true, yes, on, 0, false, no, off"),
     "options": (_options, "options of backends separated by commas, each as <backend>.<option>"),
 }
 
@@ -99,6 +100,8 @@ class FusionConfig:
             ``FUSION_CORE_LIMIT=3``.
         max_tokens: Capacity of backends' workspaces in tokens; None to ask the backend.
             ``FUSION_CORE_MAX_TOKENS=2048``.
+        merge: All_reduces of one process group whose results are only added together become one of their sum.
+            ``FUSION_CORE_MERGE=0`` leaves them.
         options: Options of backends that are switched on, each as ``"<backend>.<option>"``; see `Strategy.option`.
             ``FUSION_CORE_OPTIONS=acme.fast,acme.overlap``.
 
@@ -120,6 +123,7 @@ class FusionConfig:
     limit: int | None = _default("limit", None)
     max_tokens: int | None = _default("max_tokens", None)
     options: tuple[str, ...] = _default("options", ())
+    merge: bool = _default("merge", True)
 
     def __post_init__(self) -> None:
         if isinstance(self.order, str) or not (self.order is None or _all(self.order, str)):
@@ -128,8 +132,9 @@ class FusionConfig:
             object.__setattr__(self, "order", tuple(self.order))
             if twice := _twice(self.order):
                 raise ConfigError(f"order names {twice} twice, needs each backend once")
-        if not isinstance(self.strict, bool):
-            raise ConfigError(f"strict is {self.strict!r}, needs True or False")
+        for name in ("strict", "merge"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name} is {value!r}, needs True or False")
         if self.numerics not in NUMERICS:
             raise ConfigError(f"numerics is {self.numerics!r}, needs one of {', '.join(NUMERICS)}")
         for name, least in (("limit", 0), ("max_tokens", 1)):

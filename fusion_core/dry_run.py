@@ -46,7 +46,8 @@ def explain(model: Callable[..., Any], *args: Any, config: FusionConfig | None =
     if not found:
         return fusion_pass.run(torch.fx.Graph())
     fullest = max(found, key=lambda report: len(report.sites))
-    return dataclasses.replace(fullest, sites=tuple(site for report in found for site in report.sites))
+    sites = tuple(site for report in found for site in report.sites)
+    return dataclasses.replace(fullest, sites=sites, merges=tuple(merge for report in found for merge in report.merges))
 
 
 def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

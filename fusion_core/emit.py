@@ -105,7 +105,7 @@ class Emitter:
         for node in plan.hoisted:
             place.append(node)
             place = node
-        insert = _Inserter(self.graph, self.view.position, place, found.erased[-1], plan.candidate.strategy.name)
+        insert = Inserter(self.graph, self.view.position, place, found.erased[-1], plan.candidate.strategy.name)
         tensors = []
         for name, nodes in plan.inputs.items():
             if name in plan.reshapes:
@@ -246,7 +246,7 @@ def _another(like: FakeTensor) -> FakeTensor:
         return FakeTensor(like.fake_mode, memory, like.device)
 
 
-class _Inserter:
+class Inserter:
     """Inserts nodes one behind another, with the metadata that later passes read."""
 
     def __init__(

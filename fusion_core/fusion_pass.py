@@ -19,9 +19,10 @@ from fusion_core.fingerprint import fingerprint, states, version
 from fusion_core.lifting.collectives import has_all_reduce
 from fusion_core.lifting.readings import Readings
 from fusion_core.lifting.view import LiftedGraph
+from fusion_core.merging import merged
 from fusion_core.reason import Reason, Stage
 from fusion_core.registry import Registry
-from fusion_core.report import Report, SiteReport, site_attributes
+from fusion_core.report import Merge, Report, SiteReport, site_attributes
 from fusion_core.site import Device
 from fusion_core.tracing import Unplaceable
 
@@ -62,7 +63,14 @@ class FusionPass(CustomGraphPass):
         device = _device(graph)
         readings = Readings(self.registry.dialects)
         if not has_all_reduce(graph, readings):
-            return self._report((), device)
+            return self._report((), (), device)
+        left = self.config.limit
+        merges: tuple[Merge, ...] = ()
+        if self.config.merge and self.registry.backends:
+            if self.dry_run:
+                graph = _copy(graph)
+            merges = merged(graph, readings, left)
+            left = None if left is None else left - sum(not merge.reasons for merge in merges)
         view = LiftedGraph(graph, readings)
         for problem in dict.fromkeys(readings.problems):
             if self.config.strict:
@@ -70,13 +78,13 @@ class FusionPass(CustomGraphPass):
             warnings.warn(f"fusion_core: {problem}", RuntimeWarning, stacklevel=2)
         emitter = Emitter(graph, view, decompositions(), self.config)
         verdicts = [(anchor, judge(view, anchor, term, self.registry)) for anchor, term in view.anchors]
-        left = len(verdicts) if self.config.limit is None else self.config.limit
+        left = len(verdicts) if left is None else left
         sites = []
         for anchor, verdict in verdicts:
             site = self._settle(anchor, verdict, emitter, left > 0)
             left -= site.strategy is not None
             sites.append(site)
-        return self._report(tuple(sites), device)
+        return self._report(tuple(sites), merges, device)
 
     def _settle(self, anchor: fx.Node, verdict: Verdict, emitter: Emitter, may_rewrite: bool) -> SiteReport:
         """Rewrite one site by the first candidate that can be placed; what became of every strategy."""
@@ -113,7 +121,7 @@ class FusionPass(CustomGraphPass):
         pattern = site.pattern if site is not None else "all_reduce"
         return SiteReport(pattern, chosen.strategy.name if chosen is not None else None, label, attributes, decisions)
 
-    def _report(self, sites: tuple[SiteReport, ...], device: Device) -> Report:
+    def _report(self, sites: tuple[SiteReport, ...], merges: tuple[Merge, ...], device: Device) -> Report:
         registry = self.registry
         return Report(
             sites,
@@ -126,6 +134,7 @@ class FusionPass(CustomGraphPass):
             "explained" if self.dry_run else "compiled",
             datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             {"fusion_core": version(), "torch": torch.__version__},
+            merges,
         )
 
     def uuid(self) -> str:
@@ -145,6 +154,16 @@ class FusionPass(CustomGraphPass):
 
 def _again(config: FusionConfig, dry_run: bool) -> FusionPass:
     return FusionPass(config, dry_run=dry_run)
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """The same nodes under the same names, to be changed."""
+    found = fx.Graph()
+    output: Any = found.graph_copy(graph, {}, return_output_node=True)
+    if output is not None:
+        value, source = output
+        found.output(value).meta |= source.meta
+    return found
 
 
 def _device(graph: fx.Graph) -> Device:

@@ -274,20 +274,20 @@ def _mutated(view: LiftedGraph, bound: dict[str, Any], body: set[fx.Node]) -> Re
     """Whether something writes into a value of the place, or into an input before the place's last node."""
     last = max(view.position[node] for node in body)
     for node in body:
-        if writer := _writer(node, lambda user: user not in body):
-            return Reason("mutation", f"{writer.name} writes into {node.name}", "a value that nothing writes into")
+        if found := writer(node, lambda user: user not in body):
+            return Reason("mutation", f"{found.name} writes into {node.name}", "a value that nothing writes into")
     for name, node in [(name, node) for name, value in bound.items() for node in nodes_of(value)]:
-        if writer := _writer(node, lambda user: user not in body and view.position[user] <= last):
+        if found := writer(node, lambda user: user not in body and view.position[user] <= last):
             return Reason(
                 "mutation",
-                f"{writer.name} writes into {name} ({node.name}) inside the chain",
+                f"{found.name} writes into {name} ({node.name}) inside the chain",
                 "an input that stays as it is",
                 name,
             )
     return None
 
 
-def _writer(node: fx.Node, counts: Any) -> fx.Node | None:
+def writer(node: fx.Node, counts: Any) -> fx.Node | None:
     """A user that writes into a node's memory, looked for through views of it."""
     for user in node.users:
         arguments = getattr(getattr(user.target, "_schema", None), "arguments", ())
@@ -297,6 +297,6 @@ def _writer(node: fx.Node, counts: Any) -> fx.Node | None:
             if argument.alias_info.is_write:
                 if counts(user):
                     return user
-            elif writer := _writer(user, counts):
-                return writer
+            elif found := writer(user, counts):
+                return found
     return None

@@ -47,6 +47,19 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """All_reduces whose results are added together.
+
+    Attributes:
+        nodes: Their labels, in graph order.
+        reasons: Why they stay as they are; empty where the last one now reduces the sum of all.
+    """
+
+    nodes: tuple[str, ...]
+    reasons: tuple[Reason, ...] = ()
+
+
+@dataclass(frozen=True)
 class Report:
     """Every decision about one graph.
 
@@ -60,6 +73,7 @@ class Report:
             the pass did not run; this is what it recorded when the graph was compiled.
         compiled_at: When the pass ran, as an ISO time in UTC.
         versions: Of torch and fusion_core at that time.
+        merges: All_reduces whose results are added together: made one, or why not.
     """
 
     sites: tuple[SiteReport, ...]
@@ -70,6 +84,7 @@ class Report:
     origin: str = "compiled"
     compiled_at: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    merges: tuple[Merge, ...] = ()
 
     @property
     def fused(self) -> tuple[SiteReport, ...]:
@@ -94,6 +109,10 @@ class Report:
             "unavailable": {
                 name: [reason.to_dict() for reason in reasons] for name, reasons in self.unavailable.items()
             },
+            "merges": [
+                {"nodes": list(merge.nodes), "reasons": [reason.to_dict() for reason in merge.reasons]}
+                for merge in self.merges
+            ],
             "sites": [
                 {
                     "pattern": site.pattern,
@@ -150,6 +169,7 @@ class Report:
             data["origin"],
             data["compiled_at"],
             data["versions"],
+            tuple(Merge(tuple(merge["nodes"]), reasons(merge["reasons"])) for merge in data.get("merges", ())),
         )
 
     def to_html(self, path: str | os.PathLike[str]) -> None:

@@ -6,7 +6,7 @@ from html import escape
 
 from fusion_core.reason import Stage
 from fusion_core.report import Report, SiteReport
-from fusion_core.report_text import facts, headline
+from fusion_core.report_text import facts, headline, merges
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1c1c1c; }
@@ -33,11 +33,17 @@ def page(report: Report) -> str:
         f"<title>{title}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
         f'<p class="quiet">{made}</p>',
+        _merged(report),
         *map(_site, report.sites),
         _unusable(report),
         "</body></html>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _merged(report: Report) -> str:
+    lines = [line.strip() for line in merges(report)]
+    return f"<h2>Merged</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
 def _site(site: SiteReport) -> str:

@@ -55,6 +55,10 @@ def _lines(report: Report) -> Iterator[str]:
     if report.sites:
         yield ""
         yield from _table([_site_row(site, not _ranks(report)) for site in report.sites])
+    if lines := list(merges(report)):
+        yield ""
+        yield "merged:"
+        yield from lines
     for title, said in (("at run time:", _at_run_time), ("refused:", _worth_saying)):
         if lines := list(_grouped(report.sites, said)):
             yield ""
@@ -69,6 +73,17 @@ def _lines(report: Report) -> Iterator[str]:
     if report.sites and not report.order:
         yield ""
         yield "no backend is in use (order is empty, or none loads)"
+
+
+def merges(report: Report) -> Iterator[str]:
+    """What became of all_reduces whose results are added together, a line each."""
+    for merge in report.merges:
+        *others, last = merge.nodes
+        if merge.reasons:
+            why = "; ".join(map(str, merge.reasons))
+            yield f"  {' + '.join(merge.nodes)} [stay {len(merge.nodes)}]: {why}"
+        else:
+            yield f"  {' + '.join(others)} into {last}: one all_reduce of the sum"
 
 
 def _site_row(site: SiteReport, with_ranks: bool) -> tuple[str, ...]:

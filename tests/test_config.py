@@ -69,6 +69,7 @@ def test_a_misspelt_variable_is_an_error_that_lists_the_known_ones(monkeypatch: 
         ({"order": (1,)}, "needs a tuple of backend names"),
         ({"order": ("a", "b", "a")}, "order names a twice"),
         ({"strict": 1}, "strict is 1, needs True or False"),
+        ({"merge": None}, "merge is None, needs True or False"),
         ({"numerics": "fast"}, "numerics is 'fast', needs one of default, deterministic"),
         ({"limit": -1}, "limit is -1, needs a whole number of at least 0"),
         ({"limit": True}, "limit is True"),
@@ -99,4 +100,5 @@ def test_a_config_as_plain_json_types() -> None:
         "limit": 2,
         "max_tokens": None,
         "options": [],
+        "merge": True,
     }

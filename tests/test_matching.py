@@ -147,7 +147,11 @@ def test_of_two_norms_of_one_sum_one_is_fused_and_the_other_keeps_its_input() ->
     torch.testing.assert_close(fused.results, model(*given), rtol=0.02, atol=0.02)
 
 
-def test_a_parallel_block_is_fused_once_and_its_other_sum_feeds_it() -> None:
+def test_a_parallel_block_that_is_not_merged_is_fused_once_and_its_other_sum_feeds_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FUSION_CORE_MERGE", "0")
+
     def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
         return norm(reduce(x) + reduce(r), w)
 

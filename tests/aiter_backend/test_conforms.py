@@ -28,12 +28,15 @@ def run(arch: str, *, options: str = "", profile: str | None = None, select: str
     return int(found[1]), done.stdout
 
 
-@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
-def test_every_strategy_conforms(arch):
-    passed, output = run(arch)
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "profile"), [("gfx942", "ci"), ("gfx950", "dev")])
+def test_every_strategy_conforms(arch, profile):
+    # on gfx942, where the kernels truncate, results come nearer to their bounds
+    passed, output = run(arch, profile=os.environ.get("HYPOTHESIS_PROFILE", profile))
     assert passed == 162, output  # 11 checks of 15 strategies, less those that do not apply
 
 
+@pytest.mark.slow
 def test_kernels_of_one_stage_conform_on_gfx942_where_the_user_asks_for_them():
     passed, output = run("gfx942", options="aiter.one_stage", profile=os.environ.get("HYPOTHESIS_PROFILE", "dev"), select="one_stage")  # fmt: skip
     assert passed == 150, output

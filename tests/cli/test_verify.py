@@ -88,7 +88,9 @@ def test_a_backend_without_strategies(run, monkeypatch):
 def test_what_cannot_run_here_is_said_once_for_all_strategies(run):
     text = run("verify", "aiter", "--check", "fake_matches_real", "--check", "takes_no_rows_or_refuses").stdout
     (line,) = [line for line in text.splitlines() if "cannot run here; on cpu" in line]
-    assert line.startswith("  fake_matches_real, takes_no_rows_or_refuses (aiter.all_reduce, aiter.all_reduce_rms_norm, ")
+    assert line.startswith(
+        "  fake_matches_real, takes_no_rows_or_refuses (aiter.all_reduce, aiter.all_reduce_rms_norm, "
+    )
     assert "and 12 more): cannot run here; on cpu: this torch is not built for ROCm" in line
     assert "0 of 30 checks passed, 0 failed, 30 cannot run here" in text
 

@@ -19,6 +19,7 @@ from fusion_core.testing.jobs import Outcome, definition, tensors, wide
 from fusion_core.testing.subject import Subject
 from fusion_core.testing.tensors import Values
 from fusion_core.testing.tolerance import excess
+from fusion_core.testing.truncation import truncated, truncates
 
 
 @dataclass
@@ -56,9 +57,8 @@ def compile_it(subject: Subject, site: Site, values: Values) -> Compiled:
     own = definition(pattern, site, given, group)
     oracle = definition(pattern, site, wide(pattern, given), group, exact=True)
     arguments = {**given, **site.attributes}
-    outcome.excesses = excess(
-        pattern, tuple(site.outputs), {**own, **results}, [own], oracle, arguments, site.device.arch
-    )
+    definitions = [own, *([truncated(pattern, site, given, group)] if truncates(site) else ())]
+    outcome.excesses = excess(pattern, tuple(site.outputs), {**own, **results}, definitions, oracle, arguments)
     return Compiled(look.site, look.targets, outcome)
 
 

@@ -19,6 +19,7 @@ from fusion_core.strategy import Strategy, schema_of
 from fusion_core.testing.subject import Subject
 from fusion_core.testing.tensors import Values, build_tensors
 from fusion_core.testing.tolerance import Excess, excess
+from fusion_core.testing.truncation import truncated, truncates
 
 WIDE = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -84,6 +85,8 @@ def _judge(outcome: Outcome, subject: Subject, site: Site, values: Values, retur
         definition(pattern, site, tensors(site, values, shift, flushed), group)
         for shift, flushed in _runs(site, values)
     ]
+    if truncates(site):
+        definitions.append(truncated(pattern, site, tensors(site, values), group))
     for name in [name for name in site.outputs if name in results]:
         found, needs = TensorMeta.of(results[name]), TensorMeta.of(definitions[0][name])
         if (found.shape, found.dtype) != (needs.shape, needs.dtype):
@@ -93,7 +96,7 @@ def _judge(outcome: Outcome, subject: Subject, site: Site, values: Values, retur
     given = tensors(site, values)
     oracle = definition(pattern, site, wide(pattern, given), group, exact=True)
     arguments = {**given, **site.attributes}
-    outcome.excesses = excess(pattern, list(site.outputs), results, definitions, oracle, arguments, site.device.arch)
+    outcome.excesses = excess(pattern, list(site.outputs), results, definitions, oracle, arguments)
     outcome.bits = {name: _bits(results[name]) for name in site.outputs}
 
 

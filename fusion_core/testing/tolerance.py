@@ -8,16 +8,15 @@ by what right spellings of one computation differ in:
 - four roundings in float32, in which a norm is computed, for another order of its sum;
 - where a quantisation alone reads the norm, one rounding of it in x's dtype: kernels quantise the norm as they would
   have given it, also where the model leaves it in float32;
-- one smallest normal number of the output's dtype, since GPUs flush what is below;
-- on GPUs whose kernels truncate where others round to the nearest (`TRUNCATING`), half a unit more of the row's largest
-  value for each rounding on the way to the output. That is a weaker promise than elsewhere, and such a backend's
-  documentation has to say so.
+- one smallest normal number of the output's dtype, since GPUs flush what is below.
 
 A scale that stands at the quantisation's floor is judged by its codes alone, up to a floor of 1e-5: such a one is there
 to keep a division finite, and kernels with another or none write another scale that means the same.
 
 The definition's error is the largest over the runs that it is given: with the ranks in every cyclic order, as the
-vocabulary leaves the order of the sum to the process group, and with subnormal inputs flushed.
+vocabulary leaves the order of the sum to the process group, and with subnormal inputs flushed. On a GPU whose kernels
+truncate where others round to the nearest (`fusion_core.testing.truncation`), one more run truncates. That is a weaker
+promise than elsewhere, and such a backend's documentation has to say so.
 
 Each row is judged by itself, so that a huge row hides no other; not each element, because rounding before the weight
 or behind it differs by more than that in small elements. A row in which the definition is not finite allows
@@ -41,8 +40,6 @@ from fusion_core.vocabulary.operation import Step, Symbol
 FACTOR = 1.5
 LARGEST_FLOOR = 1e-5
 """Of a dynamic FP8 scale that only keeps a division finite; those in use reach from 0 to 1 / (512 * 240)."""
-TRUNCATING = {"gfx942": torch.bfloat16}
-"""Architecture → the dtype to which its conversion truncates: AMD's kernels there round by hand (aiter#5151)."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Results = Mapping[str, Tensor]
@@ -77,7 +74,6 @@ def excess(
     definitions: Sequence[Results],
     oracle: Results,
     arguments: Mapping[str, Any],
-    arch: str = "",
 ) -> list[Excess]:
     """The worst row of each output that can be compared.
 
@@ -91,7 +87,6 @@ def excess(
         definitions: What the definition computes in the given dtypes, in its several runs.
         oracle: What it computes in float64.
         arguments: The pattern's tensors and scalars.
-        arch: The architecture that it was computed on.
     """
     found = []
     for name in names:
@@ -101,24 +96,22 @@ def excess(
         codes = DEQUANTIZE.get(step.operation.name)
         if codes is None:
             if (own := result[name].dtype) in FLOATS:
-                more = _truncations(pattern, name, own, arch)
-                found.append(_worst(name, result[name], [d[name] for d in definitions], oracle[name], (own,), more))
+                found.append(_worst(name, result[name], [d[name] for d in definitions], oracle[name], (own,)))
             continue
         source = _name(pattern, step.operands["x"])
         dtype = definitions[0][source].dtype if source in oracle else torch.float32
         given = arguments["x"].dtype
         if source not in names and torch.finfo(given).eps > torch.finfo(dtype).eps:
             dtype = given
-        more = _truncations(pattern, name, given, arch)
         if step.results[0] is _symbol(pattern, name):
             exact = oracle[source] if source in oracle else codes(_resolved(pattern, step, oracle, arguments))
             values = [codes(_resolved(pattern, step, each, arguments)) for each in (result, *definitions)]
-            more += _code_step(step, arguments)
+            more = _code_step(step, arguments)
             found.append(_worst(f"{name}, dequantised", values[0], values[1:], exact, (dtype,), more))
         elif result[name].dtype == torch.float32 and arguments.get("scale_format", "float32") == "float32":
             exact = oracle[name].double()
             scale = torch.where(exact <= _floor(arguments), exact, result[name].double())
-            found.append(_worst(name, scale, [d[name] for d in definitions], exact, (dtype, torch.float32), more))
+            found.append(_worst(name, scale, [d[name] for d in definitions], exact, (dtype, torch.float32)))
     return found
 
 
@@ -138,7 +131,7 @@ def _worst(
         definitions: The definition's results.
         oracle: The exact values.
         roundings: Dtypes in each of which the row's largest value may be rounded once more.
-        more: A part of the row's largest value that may be added: one step of a code, truncations.
+        more: A part of the row's largest value that may be added: one step of a code.
     """
     if oracle.numel() == 0:
         return Excess(name, 0, 0.0, 0.0)
@@ -166,21 +159,6 @@ def _code_step(step: Step, arguments: Mapping[str, Any]) -> float:
         return 1 / 3  # from 4 to 6
     scale_format = arguments.get("scale_format", "float32")
     return 2.0**-3 if scale_format != "float32" else 0.0
-
-
-def _truncations(pattern: Pattern, name: str, dtype: torch.dtype, arch: str) -> float:
-    """What truncation may add to an output in this dtype, as a part of its row's largest value."""
-    if TRUNCATING.get(arch) != dtype:
-        return 0.0
-    return _roundings(pattern, _symbol(pattern, name)) * torch.finfo(dtype).eps / 2
-
-
-def _roundings(pattern: Pattern, symbol: Symbol) -> int:
-    """How many words round on the way to a value."""
-    if symbol.step is None:
-        return 0
-    rounds = not symbol.step.operation.name.startswith("quantize_")
-    return rounds + max(_roundings(pattern, x) for x in symbol.step.operands.values() if isinstance(x, Symbol))
 
 
 def _floor(arguments: Mapping[str, Any]) -> float:

@@ -333,6 +333,11 @@ def stages_run(table: list[tuple[str, int, int, bool]]) -> list[bool | None]:
     return found
 
 
+def narrow_rows() -> bool:
+    """Whether rows of four float32 are fused: one load each, and none of the sizes that groups have."""
+    return runs_fused(ADD, 3, 4, dtype=torch.float32)
+
+
 def wide_rows() -> list[bool]:
     """Whether calls are fused: of narrow rows, then of rows of which a few are more than the communicator holds."""
     assert BY_NAME["all_reduce"].adds is False

@@ -79,6 +79,10 @@ def test_rows_of_which_the_self_check_has_room_for_few(two):
     assert two(jobs.wide_rows) == [[True, True]] * 2
 
 
+def test_rows_of_one_load(two):
+    assert two(jobs.narrow_rows) == [True] * 2
+
+
 # how they are called
 
 

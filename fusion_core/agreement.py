@@ -137,3 +137,24 @@ class Agreement:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.gather(None)
+
+
+def disagreement(ranks: Sequence[dict[str, Any]], same: Sequence[str], needs: str) -> Reason | None:
+    """Why ranks cannot share memory between their GPUs, by the facts that each of them gave.
+
+    Args:
+        ranks: The facts of each rank, among them ``host`` and ``gpu`` (None where there is none).
+        same: Names of facts that must be equal.
+        needs: What would do where one of these is not, as a phrase.
+    """
+    for name in same:
+        values = [rank[name] for rank in ranks]
+        if other := next((index for index, value in enumerate(values) if value != values[0]), None):
+            found = f"{name} is {values[0]!r} on rank 0 and {values[other]!r} on rank {other}"
+            return Reason("agreement", found, needs)
+    if len({rank["host"] for rank in ranks}) > 1:
+        return Reason("hosts", "the group's ranks are on several hosts", "one host, with its GPUs linked")
+    gpus = [rank["gpu"] for rank in ranks if rank["gpu"] is not None]
+    if len(set(gpus)) < len(gpus):
+        return Reason("device", "two ranks use one GPU", "a GPU for each rank", hint="call torch.cuda.set_device first")
+    return None

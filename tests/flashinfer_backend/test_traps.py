@@ -36,12 +36,15 @@ def test_ranks_that_agree():
     [
         ({"gpu": "GPU-0"}, "two ranks use one GPU, needs a GPU for each rank; call torch.cuda.set_device first"),
         ({"host": "two"}, "the group's ranks are on several hosts, needs one host, with its GPUs linked"),
-        ({"version": "0.7.3"}, "version is 0.7.2 on rank 0 and 0.7.3 on rank 1, needs the same graphs and"),
+        ({"version": "0.7.3"}, "version is '0.7.2' on rank 0 and '0.7.3' on rank 1, needs the same graphs and"),
         ({"hidden": 512}, "hidden is 256 on rank 0 and 512 on rank 1, needs the same graphs and"),
         ({"tokens": 8}, "tokens is 4096 on rank 0 and 8 on rank 1, needs the same graphs and"),
-        ({"dtype": "torch.float16"}, "dtype is torch.bfloat16 on rank 0 and torch.float16 on rank 1, needs"),
+        ({"dtype": "torch.float16"}, "dtype is 'torch.bfloat16' on rank 0 and 'torch.float16' on rank 1, needs"),
         ({"mnnvl": True}, "mnnvl is False on rank 0 and True on rank 1, needs"),
-        ({"call": "all_reduce of (5, 256)"}, "call is all_reduce of (4, 256) on rank 0 and all_reduce of (5, 256) on"),
+        (
+            {"call": "all_reduce of (5, 256)"},
+            "call is 'all_reduce of (4, 256)' on rank 0 and 'all_reduce of (5, 256)' on",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -137,7 +137,7 @@ def test_a_destroyed_group_gives_its_memory_back(two):
 def test_ranks_that_call_with_different_sizes_hear_of_it():
     with WorkerPool(2) as pool:
         for state in pool.run(jobs.disagreeing):
-            assert "call is all_reduce of (4, 256) on rank 0 and all_reduce of (8196, 256) on rank 1" in state
+            assert "call is 'all_reduce of (4, 256)' on rank 0 and 'all_reduce of (8196, 256)' on rank 1" in state
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import PrefixStore
 from fusion_aiter import library
 from fusion_aiter.availability import known_bad_runtime, release_of
 from fusion_aiter.source import Source, installed
-from fusion_core import Device, Reason
+from fusion_core import Device, Reason, agreement
 from fusion_core.agreement import Agreement, NoAgreement
 from fusion_core.per_group import host, synchronize
 
@@ -99,17 +99,8 @@ def facts(device: torch.device, max_size: int) -> tuple[dict[str, Any], Reason |
 
 def disagreement(ranks: Sequence[dict[str, Any]]) -> Reason | None:
     """What differs between ranks that must not, or is the same and must not be."""
-    for name in ("call", "max_size", "arch", "release", *SETTINGS):
-        values = [rank[name] for rank in ranks]
-        if other := next((index for index, value in enumerate(values) if value != values[0]), None):
-            found = f"{name} is {values[0]!r} on rank 0 and {values[other]!r} on rank {other}"
-            return Reason("agreement", found, "the same graphs, AITER, settings and GPUs on all ranks")
-    if len({rank["host"] for rank in ranks}) > 1:
-        return Reason("hosts", "the group's ranks are on several hosts", "one host, with its GPUs linked")
-    gpus = [rank["gpu"] for rank in ranks if rank["gpu"] is not None]
-    if len(set(gpus)) < len(gpus):
-        return Reason("device", "two ranks use one GPU", "a GPU for each rank", hint="call torch.cuda.set_device first")
-    return None
+    same = ("call", "max_size", "arch", "release", *SETTINGS)
+    return agreement.disagreement(ranks, same, "the same graphs, AITER, settings and GPUs on all ranks")
 
 
 def unreachable(device: torch.device, ranks: Sequence[dict[str, Any]]) -> Reason | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusion_core import Reason
+from fusion_core import Reason, agreement
 from fusion_core.agreement import Agreement
 from fusion_core.per_group import host
 from fusion_flashinfer import library
@@ -74,17 +74,8 @@ def facts(
 
 def disagreement(ranks: list[dict[str, Any]]) -> Reason | None:
     """What differs between ranks that must not, or is the same and must not be."""
-    for name in ("call", "tokens", "hidden", "dtype", "mnnvl", "version"):
-        values = [rank[name] for rank in ranks]
-        if other := next((index for index, value in enumerate(values) if value != values[0]), None):
-            found = f"{name} is {values[0]} on rank 0 and {values[other]} on rank {other}"
-            return Reason("agreement", found, "the same graphs and the same FlashInfer on all ranks")
-    if len({rank["host"] for rank in ranks}) > 1:
-        return Reason("hosts", "the group's ranks are on several hosts", "one host, with its GPUs linked")
-    gpus = [rank["gpu"] for rank in ranks if rank["gpu"] is not None]
-    if len(set(gpus)) < len(gpus):
-        return Reason("device", "two ranks use one GPU", "a GPU for each rank", hint="call torch.cuda.set_device first")
-    return None
+    same = ("call", "tokens", "hidden", "dtype", "mnnvl", "version")
+    return agreement.disagreement(ranks, same, "the same graphs and the same FlashInfer on all ranks")
 
 
 def create(

@@ -15,6 +15,7 @@ __all__ = [
     "CustomGraphPass",
     "cache_dir",
     "compile_graph",
+    "compile_rows",
     "decompositions",
     "mode_options",
     "post_grad_only",
@@ -67,6 +68,44 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], options: 
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph_module, list(inputs), config_patches=options)
+
+
+def compile_rows(
+    function: Callable[..., tuple[torch.Tensor, ...]], tensors: Sequence[torch.Tensor], rows: Sequence[int]
+) -> Callable[..., Any]:
+    """A function of tensors compiled by Inductor for any number of rows, without Dynamo and its guards.
+
+    Args:
+        function: Traceable; from the tensors to a tuple of tensors.
+        tensors: Examples; only their form counts.
+        rows: The places of those whose sizes but the last may be others in each call, the same for all of them.
+    """
+    from torch._inductor import standalone_compile
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes: list[Any] = []
+    like: torch.Tensor | None = None
+    for place, tensor in enumerate(tensors):
+        if place in rows and like is not None:
+            with mode:
+                fakes.append(torch.empty_like(like, dtype=tensor.dtype))
+            continue
+        sizes = [DimDynamic.DYNAMIC] * (tensor.dim() - 1) if place in rows else [DimDynamic.STATIC] * (tensor.dim() - 1)
+        # a size of 1 would be taken for a constant
+        example = tensor.new_empty((*[7] * (tensor.dim() - 1), tensor.shape[-1])) if place in rows else tensor
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[*sizes, *[DimDynamic.STATIC] * min(tensor.dim(), 1)])
+        fakes.append(mode.from_tensor(example, symbolic_context=context))
+        like = fakes[-1] if place in rows else like
+    with torch.no_grad():
+        traced = make_fx(function)(*fakes)
+    options = {"triton.cudagraphs": False, POST_PASS: None}
+    compiled: Callable[..., Any] = standalone_compile(
+        traced, fakes, dynamic_shapes="from_graph", options={"config_patches": options}
+    )
+    return compiled
 
 
 def post_grad_only(own: Callable[[fx.Graph], None]) -> Callable[[fx.GraphModule, Sequence[Any]], Any]:

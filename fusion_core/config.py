@@ -64,6 +64,7 @@ _ENVIRONMENT: dict[str, tuple[Callable[[str], Any], str]] = {
     "limit": (_count, "a whole number, 0 or more"),
     "max_tokens": (_positive, "a whole number, 1 or more"),
     "merge": (_flag, "one of 1, true, yes, on, 0, false, no, off"),
+    "table": (str, "the path of a file that fusion-core tune wrote, or 'none'"),
     "options": (_options, "options of backends separated by commas, each as <backend>.<option>"),
 }
 
@@ -102,6 +103,9 @@ class FusionConfig:
             ``FUSION_CORE_MAX_TOKENS=2048``.
         merge: All_reduces of one process group whose results are only added together become one of their sum.
             ``FUSION_CORE_MERGE=0`` leaves them.
+        table: What `fusion-core tune` measured, by which strategies are chosen: the path of its file, ``"none"`` for no
+            measurements; None for this user's own of this machine, else the one that comes with the package.
+            ``FUSION_CORE_TABLE=/path/to/table.json``.
         options: Options of backends that are switched on, each as ``"<backend>.<option>"``; see `Strategy.option`.
             ``FUSION_CORE_OPTIONS=acme.fast,acme.overlap``.
 
@@ -124,6 +128,7 @@ class FusionConfig:
     max_tokens: int | None = _default("max_tokens", None)
     options: tuple[str, ...] = _default("options", ())
     merge: bool = _default("merge", True)
+    table: str | None = _default("table", None)
 
     def __post_init__(self) -> None:
         if isinstance(self.order, str) or not (self.order is None or _all(self.order, str)):
@@ -137,6 +142,8 @@ class FusionConfig:
                 raise ConfigError(f"{name} is {value!r}, needs True or False")
         if self.numerics not in NUMERICS:
             raise ConfigError(f"numerics is {self.numerics!r}, needs one of {', '.join(NUMERICS)}")
+        if self.table is not None and (not isinstance(self.table, str) or not self.table):
+            raise ConfigError(f"table is {self.table!r}, needs the path of a file, 'none' for no table, or None")
         for name, least in (("limit", 0), ("max_tokens", 1)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):

@@ -39,6 +39,8 @@ class Strategy:
         rank: Orders strategies of one backend and one pattern; the highest comes first.
         option: Name of an option without which it is not used, a word of letters, digits and underscores; the user
             switches it on as ``"<backend>.<option>"`` in `FusionConfig.options`. None where it needs none.
+        batch_invariant: Whether it gives a row the same bits whatever other rows are in the batch, at every token
+            count: with ``numerics="deterministic"`` no other strategy is used.
         untested: Why nobody has run it on hardware yet; None where somebody has. The support table says it.
 
     Example:
@@ -62,6 +64,7 @@ class Strategy:
     outputs: tuple[str, ...] | None = None
     rank: int = 0
     option: str | None = None
+    batch_invariant: bool = False
     untested: str | None = None
 
     @property

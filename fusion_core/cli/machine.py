@@ -6,7 +6,6 @@ import dataclasses
 import os
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ import torch
 from fusion_core.errors import BackendError
 from fusion_core.registry import Registry
 from fusion_core.site import Device
+from fusion_core.tuning.machine import installed_versions
 
-DISTRIBUTIONS = ("fusion-core", "torch", "triton", "pytorch-triton-rocm", "flashinfer-python", "amd-aiter")
 SETTINGS = ("FUSION_CORE_", "AITER_", "FLASHINFER_", "NCCL_", "TORCH_SYMM_MEM_", "PYTORCH_", "HSA_", "HIP_", "ROCR_")
 """What settings of the environment begin with that kernels and their libraries read."""
 
@@ -31,16 +30,9 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
-        "versions": {name: found for name in DISTRIBUTIONS if (found := _version(name)) is not None},
+        "versions": installed_versions(),
         "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def held(registry: Registry, backend: str, device: Device) -> Iterator[dict[str, Any]]:

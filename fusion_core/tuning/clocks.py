@@ -1,0 +1,166 @@
+"""How a run of sites is timed: inside a CUDA graph between two events, or on the CPU by the clock on the wall."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from fusion_core.tuning.ranks import Ranks
+
+Run = Callable[[], object]
+
+MIB = 1 << 20
+AHEAD = 600_000
+"""GPU cycles for which a replay is held back, so that the CPU's launches are not timed."""
+
+
+class Clock(Protocol):
+    """What measures runs on one kind of device. Collective: all ranks make the same calls in the same order."""
+
+    def sites(self, size: int) -> int:
+        """How many sites a run should have whose x has ``size`` bytes."""
+        ...
+
+    def record(self, run: Run) -> Run:
+        """The run in the form that is timed; it has been called once before."""
+        ...
+
+    def times(self, runs: Mapping[str, Run], size: int) -> dict[str, float]:
+        """Median microseconds of each recorded run on this rank; the runs take turns."""
+        ...
+
+    def settle(self) -> None:
+        """Wait for what was started, so that its errors are raised here."""
+        ...
+
+    def shortage(self, size: int) -> str | None:
+        """That less than ``size`` bytes of memory are left on this rank, as a phrase."""
+        ...
+
+    def drop(self) -> None:
+        """Forget everything recorded, and the memory that it holds."""
+        ...
+
+
+class GraphClock:
+    """Times CUDA graphs. Before each replay the ranks meet in an all_reduce, outside of what is timed."""
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self._ranks = ranks
+        self._device = device
+        self._token = torch.zeros(1, device=device)
+        self._stream = torch.cuda.Stream(device)
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._pool: Any = None
+
+    def sites(self, size: int) -> int:
+        """30, as deep as what hides launches within a graph; fewer where one takes long by itself."""
+        return max(4, min(30, 480 * MIB // size))
+
+    def record(self, run: Run) -> Run:
+        """A graph's replay. The graphs of a point share their memory: nothing of one is needed after another."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        # not by torch.cuda.graph: giving all free memory back before each capture takes longer than the capture
+        with torch.cuda.stream(self._stream):
+            # thread_local: NCCL's watchdog, another thread, asks CUDA for its events meanwhile
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+            except BaseException:
+                self._pool = None  # who knows what a capture that broke off leaves there
+                with contextlib.suppress(RuntimeError):  # it says that the capture broke off
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        self._graphs.append(graph)
+        return graph.replay
+
+    def times(self, runs: Mapping[str, Run], size: int) -> dict[str, float]:
+        """Between two events in the stream."""
+        marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
+        # the less there is to time, the more it is lost in how far apart the ranks are
+        warm, replays = 2, 45 if size <= MIB else 15 if size <= 4 * MIB else 7
+        self._ranks.meet()
+        for turn in range(warm + replays):
+            for name, run in runs.items():
+                torch.cuda._sleep(AHEAD)
+                dist.all_reduce(self._token, group=self._ranks.group)
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                run()
+                end.record()
+                if turn >= warm:
+                    marks[name].append((begin, end))
+            torch.cuda.synchronize(self._device)
+        return {
+            name: statistics.median(begin.elapsed_time(end) for begin, end in pairs) * 1e3
+            for name, pairs in marks.items()
+        }
+
+    def settle(self) -> None:
+        """Wait for the GPU."""
+        torch.cuda.synchronize(self._device)
+
+    def shortage(self, size: int) -> str | None:
+        """What torch holds and does not use counts as free."""
+        held = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        free = torch.cuda.mem_get_info(self._device)[0] + held
+        return None if free >= size else f"{free / MIB:.0f} MiB of GPU memory are free"
+
+    def drop(self) -> None:
+        """Before the process group goes: destroying it waits for ever for graphs that hold NCCL's work."""
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
+        self._pool = None
+
+
+class WallClock:
+    """Times calls as they are, for devices without CUDA graphs. Before each the ranks meet in a barrier."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def sites(self, size: int) -> int:
+        """Few: a collective on the CPU is long beside the clock."""
+        return 5 if size <= MIB else 1
+
+    def record(self, run: Run) -> Run:
+        """The run itself."""
+        return run
+
+    def times(self, runs: Mapping[str, Run], size: int) -> dict[str, float]:
+        """By the clock."""
+        found: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(1 + 5):
+            for name, run in runs.items():
+                self._ranks.meet()
+                begin = time.perf_counter()
+                run()
+                if turn:
+                    found[name].append((time.perf_counter() - begin) * 1e6)
+        return {name: statistics.median(times) for name, times in found.items()}
+
+    def settle(self) -> None:
+        """Nothing runs on."""
+
+    def shortage(self, size: int) -> str | None:
+        """Nobody knows: the system gives memory when it is used."""
+        return None
+
+    def drop(self) -> None:
+        """Nothing is held."""
+
+
+def clock_for(ranks: Ranks, device: torch.device) -> Clock:
+    """The clock of a device."""
+    return GraphClock(ranks, device) if device.type == "cuda" else WallClock(ranks)

@@ -1,0 +1,76 @@
+"""What the workers of test_measure.py run."""
+
+from importlib.metadata import EntryPoint
+
+import torch
+import torch.distributed as dist
+
+from fusion_core import FusionConfig
+from fusion_core.registry import GROUP, Registry
+from fusion_core.tuning.clocks import WallClock
+from fusion_core.tuning.measure import Bench
+from fusion_core.tuning.plan import Plan
+from fusion_core.tuning.ranks import Ranks
+from tests.tuning import acme
+
+DTYPE = torch.float32
+
+
+def registry(order=("acme",)):
+    points = [EntryPoint("acme", "tests.tuning.acme", GROUP), EntryPoint("reference", "fusion_reference", GROUP)]
+    return Registry.of(points, FusionConfig(order=order))
+
+
+class Clock(WallClock):
+    """Says what it is asked."""
+
+    def __init__(self, ranks, short=None):
+        super().__init__(ranks)
+        self.short = short
+        self.asked, self.recorded, self.dropped = [], 0, 0
+
+    def shortage(self, size):
+        self.asked.append(size)
+        return self.short
+
+    def record(self, run):
+        run()
+        self.recorded += 1
+        return run
+
+    def drop(self):
+        self.dropped += 1
+
+
+def _plan(order=("acme",), dtype=DTYPE):
+    ranks = Ranks()
+    return ranks, Plan(registry(order), dtype, torch.device("cpu"), ranks.name, ranks.size)
+
+
+def measured(pattern, hidden, tokens, without=(), order=("acme",), dtype=DTYPE):
+    """A point's figures and notes."""
+    acme._calls.clear()
+    ranks, plan = _plan(order, dtype)
+    clock = Clock(ranks)
+    found = Bench(plan, ranks, clock, tokens).measure(plan.registry.patterns[pattern], hidden, tokens, without)
+    return found.us, found.notes, clock.recorded, clock.dropped
+
+
+def measured_where_memory_is_short():
+    ranks, plan = _plan()
+    clock = Clock(ranks, "3 MiB are free" if dist.get_rank() == 1 else None)
+    found = Bench(plan, ranks, clock, 4).measure(plan.registry.patterns["all_reduce"], 64, 4)
+    return found.us, found.notes, clock.asked, clock.recorded
+
+
+def ranks_talk():
+    ranks = Ranks()
+
+    def fails():
+        if ranks.rank == 1:
+            raise ValueError("x" * 1000 + "\nsecond line")
+        return 1.0
+
+    times = {"a": float(ranks.rank), "b": -float(ranks.rank)}
+    given = ranks.attempt(lambda: float(ranks.rank + 5))
+    return ranks.gather(ranks.rank), ranks.first(ranks.rank), given, ranks.attempt(fails), ranks.slowest(times)

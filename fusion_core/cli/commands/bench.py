@@ -1,0 +1,228 @@
+"""``fusion-core bench``: what a user gains, their model with fusion_core and without, batch by batch."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import shlex
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch.distributed as dist
+import typer
+
+from fusion_core import plotting
+from fusion_core.benching import text
+from fusion_core.benching.result import Outcome
+from fusion_core.benching.shapes import SHAPES
+from fusion_core.benching.subject import BATCHES, CONTEXT, LAYERS, parse_batches, subject
+from fusion_core.cli import machine
+from fusion_core.cli.options import Json, Options, Order, Strict, make_config
+from fusion_core.cli.output import Stages, print_json, show, table
+from fusion_core.cli.process_group import process_group
+from fusion_core.errors import ConfigError, FusionError
+from fusion_core.registry import Registry
+
+_PACKAGE = str(Path(__file__).parents[2])
+
+
+class Mode(StrEnum):
+    """Modes of torch.compile."""
+
+    default = "default"
+    reduce_overhead = "reduce-overhead"
+    max_autotune = "max-autotune"
+    max_autotune_no_cudagraphs = "max-autotune-no-cudagraphs"
+
+
+def bench(
+    function: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODULE:FUNCTION",
+            help="Returns (model, args) or (model, args, kwargs); with a parameter batch, it is called for every batch "
+            "size. Also file.py:FUNCTION.",
+            show_default=False,
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Instead of a function: a decoder stack of this model's layer sizes.", show_default=False),
+    ] = None,
+    list_shapes: Annotated[bool, typer.Option("--list-shapes", help="Print the shapes, measure nothing.")] = False,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help=f"Of the shape's stack: {LAYERS}.", show_default=False)
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help=f"Tokens in the shape's cache: {CONTEXT}.", show_default=False)
+    ] = None,
+    batches: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help=f"Batch sizes: {','.join(map(str, BATCHES))}.", show_default=False),
+    ] = None,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(help="Of torch.compile: reduce-overhead on a GPU, default on a CPU.", show_default=False),
+    ] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="One dynamic graph for all batch sizes.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each side, by turns.")] = 7,
+    seconds: Annotated[float, typer.Option(min=0.001, help="That a side's calls fill in a round.")] = 0.2,
+    most_difference: Annotated[
+        float | None,
+        typer.Option(min=0, help="Between the results, over the largest magnitude; by dtype.", show_default=False),
+    ] = None,
+    fail_below: Annotated[
+        float | None, typer.Option(metavar="GAIN", help="Exit status 1 where a gain is less.", show_default=False)
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Leave out the batch sizes it has no time for.", show_default=False),
+    ] = None,
+    watchdog: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            help="End with every thread's stack where one stage takes longer.",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Write the gains as a plot as well.", show_default=False)
+    ] = None,
+    order: Order = None,
+    strict: Strict = False,
+    options: Options = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what fusion_core gains: a model compiled with it and without, nothing else changed, side by side.
+
+    To be started by torchrun: torchrun --nproc-per-node 2 -m fusion_core bench app.py:step. Exit status 1 where the
+    results differ by more than rounding explains, or a gain is below --fail-below.
+    """
+    began = time.monotonic()
+    if list_shapes:
+        _list_shapes(as_json)
+        return
+    config = make_config(order, strict, options)
+    sizes = parse_batches(batches)
+    if plot is not None:
+        plotting.check_can_save(plot)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: reports name them
+        Registry.load(config)  # an order or option that cannot be used is an error before the model is built
+    with (
+        contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext(),
+        _Progress(watchdog) as progress,
+    ):
+        measured = subject(function, shape, layers, context, sizes)
+        if not (dist.is_initialized() or {"RANK", "WORLD_SIZE"} & {*os.environ}):
+            raise ConfigError(
+                "this is one process, in which there is nothing to reduce, needs 2 or more; "
+                "torchrun --nproc-per-node 2 -m fusion_core bench ..."
+            )
+        from fusion_core.benching.run import Plan, run  # not before: it brings the compiler
+
+        mode_name = None if mode is None else mode.value
+        plan = Plan(config, mode_name, dynamic, rounds, seconds, most_difference, budget, began)
+        with process_group() as rank:
+            ranks = dist.get_world_size()
+            try:
+                outcome = run(plan, measured.batches, measured.call, progress.stage if rank == 0 else progress.unseen)
+            except FusionError:
+                raise
+            except Exception as error:
+                raise _users(error) from error
+    problems = outcome.problems(fail_below)
+    if rank == 0:
+        if plot is not None:
+            plotting.save(plot, f"{measured}, {ranks} ranks", [text.panel(outcome, f"mode {outcome.mode}")])
+        if as_json:
+            about = {"command": _command(), "machine": machine.machine(), "ranks": ranks, "subject": measured.to_dict()}
+            settings = {"dynamic": dynamic, "rounds": rounds, "round_s": seconds, "config": config.to_dict()}
+            print_json({**about, **settings, "problems": list(problems), **outcome.to_dict()})
+        else:
+            graphs = "one dynamic graph" if dynamic else "a graph for each batch size"
+            typer.echo(f"{measured}; {ranks} ranks, {machine.machine()['device']}; mode {outcome.mode}, {graphs}\n")
+            _show(outcome, dynamic, budget)
+        for problem in problems:
+            typer.echo(f"fusion-core: {problem}", err=True)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _list_shapes(as_json: bool) -> None:
+    if as_json:
+        print_json({name: shape.to_dict() for name, shape in SHAPES.items()})
+        return
+    columns = ("hidden", "MLP", "heads", "key-value heads", "head size")
+    rows = table("shape", *columns, "sizes of", right=columns)
+    for name, shape in SHAPES.items():
+        sizes = (shape.hidden, shape.intermediate, shape.heads, shape.kv_heads, shape.head_dim)
+        rows.add_row(name, *map(str, sizes), shape.source)
+    show(rows)
+
+
+def _show(outcome: Outcome, dynamic: bool, budget: float | None) -> None:
+    ascii_only = not (sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf"))
+    if outcome.rows:
+        show(text.grid(outcome))
+        typer.echo(f"\n{text.drawing(outcome, ascii_only)}\n")
+    for note in text.notes(outcome, dynamic, budget):
+        typer.echo(note)
+
+
+def _command() -> str:
+    local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    nodes = f"--nnodes {world // local} " if world > local else ""
+    return f"torchrun {nodes}--nproc-per-node {local} -m fusion_core {shlex.join(sys.argv[1:])}"
+
+
+def _users(error: Exception) -> typer.Exit:
+    """Shows a traceback that starts in the user's own code."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        trace = trace.tb_next
+    typer.echo("".join(traceback.format_exception(type(error), error, trace)), err=True, nl=False)
+    return typer.Exit(1)
+
+
+class _Progress:
+    """What rank 0 says on stderr meanwhile, and a watchdog over every stage and what follows the last one."""
+
+    def __init__(self, watchdog: float | None) -> None:
+        self._watchdog = watchdog
+        self._stages = Stages()
+
+    def __enter__(self) -> _Progress:
+        self._watch()
+        self._stages.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stages.__exit__(*error)
+        if self._watchdog is not None:
+            faulthandler.cancel_dump_traceback_later()
+
+    @contextlib.contextmanager
+    def stage(self, words: str) -> Iterator[None]:
+        """One stage, shown."""
+        with self.unseen(words), self._stages.stage(words, words):
+            yield
+
+    @contextlib.contextmanager
+    def unseen(self, words: str) -> Iterator[None]:
+        """One stage, on a rank that shows nothing."""
+        yield
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._watchdog is not None:  # each call begins the time anew
+            faulthandler.dump_traceback_later(self._watchdog, exit=True, file=2)

@@ -322,6 +322,7 @@ class Columns:
         pattern, group = point.pattern, self.group
         operator = getattr(torch.ops.fusion_flashinfer, pattern.name).default
         more = {"pdl": True} if pdl else {}
+        more |= {"two_shot": True} if chosen(point) == "flashinfer_two_shot" else {}
         x, weight = point.x, point.weight
         if not pattern.norms:
             return lambda residual: (operator(x, group, **more),)
@@ -418,19 +419,13 @@ def slower(values):
 
 
 def chosen(point):
-    """The column of the kernel that our operator runs at this size, by its own table."""
-    try:
-        from fusion_flashinfer.limits import limit
+    """The column of the form that our operator is asked for at this size: by FlashInfer's limits, without a table."""
+    from fusion_flashinfer.limits import LIMITS
 
-        major, minor = torch.cuda.get_device_capability()
-        size = point.x.numel() * point.x.element_size()
-        one_shot = limit(f"sm_{major}{minor}", dist.get_world_size()).one_shot_at(
-            size, point.tokens, dist.get_world_size()
-        )
-    except (ImportError, AttributeError, TypeError) as error:
-        say("fusion_flashinfer.limits does not say what is chosen:", error)
-        return None
-    return {True: "flashinfer_one_shot", False: "flashinfer_two_shot", None: "unfused"}[one_shot]
+    major, minor = torch.cuda.get_device_capability()
+    limit = LIMITS.get((f"sm_{major}{minor}", dist.get_world_size()))
+    two_shot = limit is not None and point.x.numel() * point.x.element_size() > limit.one_shot
+    return "flashinfer_two_shot" if two_shot and point.tokens > dist.get_world_size() else "flashinfer_one_shot"
 
 
 def measure(columns, pattern, hidden, tokens, options):

@@ -10,6 +10,7 @@ from fusion_core.decide import Decision
 from fusion_core.errors import BackendError, ConfigError, FusionError, PatternError
 from fusion_core.history import last_report, reports
 from fusion_core.hookspecs import hookimpl
+from fusion_core.known_faster import KnownFaster
 from fusion_core.lifting.dialect import Dialect, Reading, Refusal
 from fusion_core.lifting.operands import Check, Derived, Earlier, Only
 from fusion_core.patterns.definition import Pattern, pattern
@@ -66,6 +67,7 @@ __all__ = [
     "FusionConfig",
     "FusionError",
     "FusionPass",
+    "KnownFaster",
     "LiveOutputs",
     "MultipleOf",
     "OnDevice",

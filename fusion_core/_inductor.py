@@ -25,6 +25,11 @@ __all__ = [
 POST_PASS = "post_grad_custom_post_pass"
 
 
+ROWS_IN_MIND = 1021
+"""Rows for which Inductor lays out a kernel that is to take any number: with fewer it would be slow for many. A prime,
+so that nothing is concluded from what divides it."""
+
+
 class PassSequence(CustomGraphPass):
     """Several passes as one: what a user had set already, then ours."""
 
@@ -94,8 +99,10 @@ def compile_rows(
                 fakes.append(torch.empty_like(like, dtype=tensor.dtype))
             continue
         sizes = [DimDynamic.DYNAMIC] * (tensor.dim() - 1) if place in rows else [DimDynamic.STATIC] * (tensor.dim() - 1)
-        # a size of 1 would be taken for a constant
-        example = tensor.new_empty((*[7] * (tensor.dim() - 1), tensor.shape[-1])) if place in rows else tensor
+        example = tensor
+        if place in rows and tensor.dim() > 1:  # a size of 1 would be taken for a constant
+            lead = (ROWS_IN_MIND, *[3] * (tensor.dim() - 2))
+            example = tensor.new_empty((*lead, tensor.shape[-1]))
         context: Any = StatelessSymbolicContext(dynamic_sizes=[*sizes, *[DimDynamic.STATIC] * min(tensor.dim(), 1)])
         fakes.append(mode.from_tensor(example, symbolic_context=context))
         like = fakes[-1] if place in rows else like

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -23,6 +24,8 @@ from fusion_core.reason import Reason
 ABANDONED = "abandoned"
 POLL = 0.005
 """Seconds between two looks at the store. A store that blocked instead would keep out this process's other threads."""
+PATIENCE = 30.0
+"""Seconds after which one that still waits says for whom."""
 
 
 class NoAgreement(FusionError):
@@ -44,20 +47,26 @@ class Agreement:
         subject: Says what is agreed on, in messages too; the same on all ranks, and new for each `Agreement`
             between the same ranks.
         timeout: Seconds that a step waits for the other ranks.
+        names: What the ranks are called in messages; None for their numbers in the group.
 
     Raises:
         NoAgreement: where the group has no store to agree through.
     """
 
-    def __init__(self, group: dist.ProcessGroup, subject: str, timeout: float) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, subject: str, timeout: float, names: Sequence[object] | None = None
+    ) -> None:
         self.rank, self.size = group.rank(), group.size()
         self.subject = subject
         self.timeout = timeout
+        self.names = range(self.size) if names is None else names
         self._step = 0
         try:
             store = dist.distributed_c10d._get_process_group_store(group)
         except KeyError as error:
             raise NoAgreement(Reason("agreement", f"the group of {subject} is destroyed", "a living group")) from error
+        if store is None:
+            raise NoAgreement(Reason("agreement", f"the group of {subject} has no store", "a group made with one"))
         self._store: Any = PrefixStore(f"fusion_core/{group.group_name}/{subject}", store)
 
     def gather(self, value: Any) -> list[Any]:
@@ -69,7 +78,7 @@ class Agreement:
         self._step += 1
         keys = [f"{self._step}/{rank}" for rank in range(self.size)]
         self._store.set(keys[self.rank], pickle.dumps(value))
-        arrived = self._wait(lambda: self._store.check(keys) or self._store.check([ABANDONED]))
+        arrived = self._wait(lambda: self._store.check(keys) or self._store.check([ABANDONED]), keys)
         if not arrived:
             raise NoAgreement(self._missing(keys))
         if not self._store.check(keys):
@@ -92,7 +101,26 @@ class Agreement:
         if failure is not None:  # before the others can see this rank: they would settle that all agree
             self._settle(decision, self._ours(failure))
         self._store.set(keys[self.rank], b"here")
-        arrived = self._wait(lambda: self._store.check([decision]) or self._store.check(keys))
+        return self._decide(decision, keys)
+
+    def publish(self, value: Any) -> None:
+        """Give a value of plain JSON types to a `collect` that follows; does not wait."""
+        self._step += 1
+        self._store.set(f"{self._step}/{self.rank}", json.dumps(value))
+
+    def collect(self, end: float | None = None) -> list[Any] | Reason:
+        """What every rank published, in rank order; a reason, the same on all ranks, where one did not in time.
+
+        Args:
+            end: When waiting ends, by `time.monotonic`; None for the time limit from now on.
+        """
+        keys = [f"{self._step}/{rank}" for rank in range(self.size)]
+        failure = self._decide(f"{self._step}/decision", keys, end)
+        return [json.loads(self._store.get(key)) for key in keys] if failure is None else failure
+
+    def _decide(self, decision: str, keys: Sequence[str], end: float | None = None) -> Reason | None:
+        """Wait for all keys or for the decision; the one that stands in the end."""
+        arrived = self._wait(lambda: self._store.check([decision]) or self._store.check(keys), keys, end)
         settled = self._settle(decision, None if arrived else self._missing(keys))
         return None if settled == "agreed" else Reason(**json.loads(settled))
 
@@ -105,17 +133,27 @@ class Agreement:
     def _ours(self, reason: Reason) -> Reason:
         return replace(reason, found=f"rank {self.rank}: {reason.found}")
 
-    def _wait(self, done: Callable[[], bool]) -> bool:
-        end = time.monotonic() + self.timeout
+    def _wait(self, done: Callable[[], bool], keys: Sequence[str], end: float | None = None) -> bool:
+        start = time.monotonic()
+        end = start + self.timeout if end is None else end
+        silent = True
         while not done():
-            if time.monotonic() > end:
+            now = time.monotonic()
+            if now > end:
                 return False
+            if silent and now > start + PATIENCE:
+                silent = False
+                words = f"waiting for rank {self._absent(keys)} in {self.subject}, {end - now:.0f} s more at most"
+                warnings.warn(f"fusion_core: {words}", RuntimeWarning, stacklevel=4)
             time.sleep(POLL)
         return True
 
+    def _absent(self, keys: Sequence[str]) -> str:
+        return ", ".join(str(name) for name, key in zip(self.names, keys, strict=True) if not self._store.check([key]))
+
     def _missing(self, keys: Sequence[str]) -> Reason:
-        ranks = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
-        found = f"rank {', '.join(ranks)} did not take part in {self.subject} within {timedelta(seconds=self.timeout)}"
+        absent, limit = self._absent(keys), timedelta(seconds=self.timeout)
+        found = f"rank {absent} did not take part in {self.subject} within {limit}"
         return Reason("agreement", found, "every rank of the group to run the same graphs in the same order")
 
     def Get_rank(self) -> int:

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 from fusion_core.errors import ConfigError
 
-NUMERICS = ("default", "deterministic")
+DETERMINISTIC = "deterministic"
+NUMERICS = ("default", DETERMINISTIC)
 PREFIX = "FUSION_CORE_"
-SETTINGS = ("max_tokens",)
+SETTINGS = ("max_tokens", "numerics")
 """Fields of a config that a strategy's ``impl`` may take by name."""
 
 T = TypeVar("T")
@@ -93,9 +94,11 @@ class FusionConfig:
 
     Attributes:
         order: Backends to use, best first; one that does not load is then an error. ``()`` for none. None (default)
-            for every backend that loads: by name, and reference last. ``FUSION_CORE_ORDER=acme,flashinfer``.
-        strict: A broken plugin is an error instead of a warning. ``FUSION_CORE_STRICT=1``.
-        numerics: ``"deterministic"`` for the same bits of a row whatever else is in the batch.
+            for every backend that loads: the fastest where a table has it, else by name, reference last.
+            ``FUSION_CORE_ORDER=acme,flashinfer``.
+        strict: A broken plugin or table is an error instead of a warning. ``FUSION_CORE_STRICT=1``.
+        numerics: ``"deterministic"`` for one choice at all sizes, of what gives a row the same bits whatever else is
+            in the batch; see docs/choosing.md.
             ``FUSION_CORE_NUMERICS=deterministic``.
         limit: At most this many rewrites per graph, to find a bad one by bisection; None for all.
             ``FUSION_CORE_LIMIT=3``.

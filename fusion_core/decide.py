@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
+from fusion_core.config import DETERMINISTIC
+from fusion_core.figures import Figure, figure
 from fusion_core.groups import world_size
 from fusion_core.lifting.term import Term, held_by
 from fusion_core.lifting.view import LiftedGraph
@@ -34,13 +37,32 @@ class Decision:
     reasons: tuple[Reason, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What runs at a site from one token count on.
+
+    Attributes:
+        first: The token count; that of the site where it is known when the graph is compiled.
+        strategy: The strategy's name; None for torch's all_reduce with what follows it.
+        figure: Its measured time there and the unfused one's; None where no table has them.
+    """
+
+    first: int
+    strategy: str | None
+    figure: Figure | None = None
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Candidate:
-    """A strategy that can and should run at a site, and the match that it would replace."""
+    """A strategy that can and should run at a site, and the match that it would replace.
+
+    ``choices`` say why, by token counts: one for a site of a fixed size that was measured.
+    """
 
     strategy: Strategy
     match: Match
     site: Site
+    choices: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,52 +80,133 @@ class Verdict:
     decisions: list[Decision]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Standing:
+    """A pattern at one all_reduce: where it stands, or why not."""
+
+    pattern: Pattern
+    match: Match | None
+    site: Site | Reason
+
+
 def judge(view: LiftedGraph, anchor: fx.Node, term: Term, registry: Registry) -> Verdict:
     """Match every pattern at an all_reduce and ask every strategy."""
-    sites: list[Site] = []
-    decisions: list[Decision] = []
-    candidates: list[Candidate] = []
+    standings: list[Standing] = []
     for pattern in sorted(registry.patterns.values(), key=lambda pattern: (-len(pattern.steps), pattern.name)):
         outcome = match(pattern, view, anchor, term)
         site = _site(outcome, view) if isinstance(outcome, Match) else outcome
-        if isinstance(site, Site):
-            sites.append(site)
-        for strategy in registry.strategies(pattern.name):
-            stage, reasons = weigh(strategy, pattern, site, registry)
-            decisions.append(Decision(pattern.name, strategy.name, stage, reasons))
+        standings.append(Standing(pattern, outcome if isinstance(outcome, Match) else None, site))
+    longest = next((each.site for each in standings if isinstance(each.site, Site)), None)
+    if longest is not None and longest.tokens is None:
+        from fusion_core.choosing import judge_by_tokens
+
+        return judge_by_tokens(standings, longest, registry)
+    decisions: list[Decision] = []
+    candidates: list[Candidate] = []
+    usable: list[Usable] = []
+    for each in standings:
+        for strategy in registry.strategies(each.pattern.name):
+            found = None if longest is None else figure(registry, strategy, each.pattern, longest, longest.tokens or 0)
+            stage, reasons = weigh(strategy, each.pattern, each.site, registry, found)
+            decisions.append(Decision(each.pattern.name, strategy.name, stage, reasons))
             if stage is Stage.CHOSEN:
-                assert isinstance(outcome, Match)
-                assert isinstance(site, Site)
-                candidates.append(Candidate(strategy, outcome, site))
-    candidates.sort(key=lambda c: preference(registry, c.strategy, c.match.pattern))
-    return Verdict(sites[0] if sites else None, candidates, decisions)
+                assert each.match is not None
+                assert isinstance(each.site, Site)
+                choices = () if found is None else (Choice(found.tokens, strategy.name, found),)
+                candidates.append(Candidate(strategy, each.match, each.site, choices))
+                usable.append((strategy, each.pattern, found))
+    return Verdict(longest, [candidates[place] for place in best_first(registry, usable)], decisions)
 
 
 def weigh(
-    strategy: Strategy, pattern: Pattern, site: Site | Reason, registry: Registry
+    strategy: Strategy, pattern: Pattern, site: Site | Reason, registry: Registry, found: Figure | None = None
 ) -> tuple[Stage, tuple[Reason, ...]]:
-    """How far one strategy gets at one site by itself; `Stage.CHOSEN` where nothing speaks against it."""
-    if isinstance(site, Site) and (reasons := registry.unavailable(strategy.backend, site.device)):
-        return Stage.UNAVAILABLE, reasons
-    if isinstance(site, Reason):
-        return Stage.STRUCTURE, (site,)
-    if reasons := strategy.cannot(site, pattern):
-        return Stage.REQUIRES, reasons
-    if reasons := strategy.should_not(site):
+    """How far one strategy gets at one site by itself; `Stage.CHOSEN` where nothing speaks against it.
+
+    Args:
+        strategy: The strategy.
+        pattern: Its pattern.
+        site: Where that stands, or why it does not.
+        registry: What is installed and configured.
+        found: What was measured of it there.
+    """
+    stage, reasons = able(strategy, pattern, site, registry)
+    if stage is not Stage.CHOSEN:
+        return stage, reasons
+    assert isinstance(site, Site)
+    if reasons := unprofitable(strategy, site, registry, found):
         return Stage.WORTHWHILE, reasons
     if reasons := strategy.switched_off(registry.config):
         return Stage.OPTION, reasons
     return Stage.CHOSEN, ()
 
 
-def preference(registry: Registry, strategy: Strategy, pattern: Pattern) -> tuple[object, ...]:
-    """The key that sorts strategies which can and should run, best first.
+def able(
+    strategy: Strategy, pattern: Pattern, site: Site | Reason, registry: Registry
+) -> tuple[Stage, tuple[Reason, ...]]:
+    """Whether a strategy can run at a site, whatever it costs: `Stage.CHOSEN`, or how far it gets and why not on."""
+    if isinstance(site, Site) and (reasons := registry.unavailable(strategy.backend, site.device)):
+        return Stage.UNAVAILABLE, reasons
+    if isinstance(site, Reason):
+        return Stage.STRUCTURE, (site,)
+    reasons = strategy.cannot(site, pattern)
+    if registry.config.numerics == DETERMINISTIC and not strategy.batch_invariant:
+        found = f"{strategy.name} may give a row other bits in another batch"
+        reasons += (Reason("numerics", found, "a batch-invariant strategy", hint="numerics='default' allows it"),)
+    return (Stage.REQUIRES, reasons) if reasons else (Stage.CHOSEN, ())
 
-    Backends that the user put in an order come in that order; among those of one tier, the longest pattern first,
-    then the backends' names, then the strategies' own rank and name.
+
+def unprofitable(strategy: Strategy, site: Site, registry: Registry, found: Figure | None) -> tuple[Reason, ...]:
+    """Why a strategy that can run at a site of known size should not. What was measured goes before what is declared.
+
+    Never for deterministic numerics: nothing about the batch may decide there.
     """
-    tier = next(index for index, names in enumerate(registry.tiers) if strategy.backend in names)
-    return tier, -len(pattern.steps), strategy.backend, -strategy.rank, strategy.name
+    config = registry.config
+    if config.numerics == DETERMINISTIC:
+        return ()
+    tokens = site.tokens
+    takes = "max_tokens" in strategy.settings(registry.patterns[strategy.pattern], config)
+    if takes and config.max_tokens is not None and tokens is not None and tokens > config.max_tokens:
+        return (Reason("max_tokens", f"{tokens} tokens are more than max_tokens", f"at most {config.max_tokens}"),)
+    if found is None:
+        return strategy.should_not(site)
+    slower = found.slower()
+    return () if slower is None else (slower,)
+
+
+TIE = 0.02
+"""Part of a time within which two measured ones are a tie: measuring anew may well turn them round."""
+
+Usable = tuple[Strategy, Pattern, Figure | None]
+"""A strategy that can and should run, its pattern, and what was measured of it."""
+
+
+def best_first(registry: Registry, usable: Sequence[Usable]) -> list[int]:
+    """The places of usable strategies, best first.
+
+    Backends that the user put in an order come in that order. Then what was measured, the fastest first, where the
+    longest pattern wins a tie: it leaves the fewest kernels. Then the longest pattern, backends by name with reference
+    last, and the strategies' own rank and name.
+    """
+    ordered = registry.config.order is not None
+    tiers = {name: tier for tier, names in enumerate(registry.tiers) for name in names}
+    most: dict[int, float] = {}
+    for strategy, _, found in usable:
+        if found is not None and found.us is not None:
+            tier = tiers[strategy.backend] if ordered else 0
+            most[tier] = max(most.get(tier, 0.0), found.unfused_us - found.us)
+
+    def key(place: int) -> tuple[object, ...]:
+        strategy, pattern, found = usable[place]
+        tier = tiers[strategy.backend]
+        speed: tuple[object, ...] = (True, 0.0)
+        if found is not None and found.us is not None:
+            behind = most[tier if ordered else 0] - (found.unfused_us - found.us)
+            speed = (False, 0.0 if behind <= TIE * found.us else behind)
+        by_speed = (tier, *speed) if ordered else (*speed, tier)
+        return *by_speed, -len(pattern.steps), strategy.backend, -strategy.rank, strategy.name
+
+    return sorted(range(len(usable)), key=key)
 
 
 def _site(found: Match, view: LiftedGraph) -> Site | Reason:

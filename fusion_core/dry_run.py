@@ -47,7 +47,9 @@ def explain(model: Callable[..., Any], *args: Any, config: FusionConfig | None =
         return fusion_pass.run(torch.fx.Graph())
     fullest = max(found, key=lambda report: len(report.sites))
     sites = tuple(site for report in found for site in report.sites)
-    return dataclasses.replace(fullest, sites=sites, merges=tuple(merge for report in found for merge in report.merges))
+    merges = tuple(merge for report in found for merge in report.merges)
+    disagreements = {group: reasons for report in found for group, reasons in report.disagreements.items()}
+    return dataclasses.replace(fullest, sites=sites, merges=merges, disagreements=disagreements)
 
 
 def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

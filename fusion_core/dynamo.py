@@ -13,6 +13,7 @@ from torch import fx
 from fusion_core import _inductor, history, report_cache
 from fusion_core.config import FusionConfig
 from fusion_core.fusion_pass import FusionPass
+from fusion_core.groups import mentioned
 from fusion_core.report import Report
 
 
@@ -42,7 +43,9 @@ class Backend:
         options: dict[str, Any] | None = None,
     ) -> Any:
         """Compile one graph that Dynamo captured."""
-        own = _pass_for(FusionConfig() if self.config is None else self.config)
+        # by all ranks, and before the compile cache: one that finds its graph there goes no further
+        groups = mentioned(graph_module, inputs)
+        own = _pass_for(FusionConfig() if self.config is None else self.config).among(*groups)
         patches = _inductor.with_pass(own, _inductor.mode_options(mode, options))
         key = report_cache.GraphKey(graph_module, inputs, own) if _inductor.caches_enabled() else None
 

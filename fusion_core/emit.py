@@ -196,7 +196,7 @@ class Emitter:
         """The strategy as a graph of operators, traced once for sites that are alike."""
         strategy, found = candidate.strategy, candidate.match
         metas = tuple((name, str(TensorMeta.of(fake)), str(fake.stride()), fake.device) for name, fake in fakes.items())
-        key = (strategy.name, metas, tuple(scalars(found).items()), tuple(found.outputs))
+        key = (strategy.name, id(strategy.impl), metas, tuple(scalars(found).items()), tuple(found.outputs))
         if key not in self._traced:
             self._traced[key] = trace(strategy, found, fakes, self.decompositions, self.config)
         return self._traced[key]

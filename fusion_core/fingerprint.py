@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fusion_core.registry import Registry
 from fusion_core.site import Device
@@ -37,7 +38,7 @@ def fingerprint(registry: Registry, dry_run: bool = False) -> str:
     parts: list[object] = [
         version(),
         torch.__version__,
-        _sources(Path(__file__).parent),
+        core_sources(),
         registry.config,
         dry_run,
         device,
@@ -49,8 +50,8 @@ def fingerprint(registry: Registry, dry_run: bool = False) -> str:
         for _, pattern in sorted(registry.patterns.items())
     ]
     for backend in registry.backends.values():
-        parts += [backend.name, backend.distribution, _module_sources(backend.plugin), backend.dialects]
-        parts += [_declaration(strategy) for strategy in backend.strategies]
+        parts += [backend.name, backend.distribution, module_sources(backend.plugin), backend.dialects]
+        parts += [declaration(strategy) for strategy in backend.strategies]
         parts += [registry.unavailable(backend.name, kind) for kind in (device, Device("cpu"))]
     parts.append(tuple(map(str, registry.failures)))
     digest = hashlib.sha256()
@@ -65,10 +66,25 @@ def states(registry: Registry) -> str:
     return repr([(dialect.name, dialect.state()) for dialect in registry.dialects if dialect.state is not None])
 
 
-def _declaration(strategy: Strategy) -> tuple[object, ...]:
+def tables(registry: Registry) -> str:
+    """What was measured for each number of ranks that a process group of this process has, as hashes."""
+    if not dist.is_available() or not dist.is_initialized():
+        return ""
+    device = Device.here()
+    sizes = sorted({group.size() for group in list(dist.distributed_c10d._world.pg_map)})
+    found = {size: registry.table(device, size) for size in sizes}
+    return repr({size: None if table is None else table.fingerprint for size, table in found.items()})
+
+
+def declaration(strategy: Strategy) -> tuple[object, ...]:
     """A strategy without the address of its impl, which differs between processes."""
     values = (getattr(strategy, each.name) for each in fields(strategy) if each.name != "impl")
     return (*values, _source(strategy.impl))
+
+
+def core_sources() -> str:
+    """A hash of the library's own sources."""
+    return _sources(Path(__file__).parent)
 
 
 @functools.cache
@@ -79,7 +95,8 @@ def _sources(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _module_sources(plugin: ModuleType | Any) -> str:
+def module_sources(plugin: ModuleType | Any) -> str:
+    """A hash of a plugin's sources: of its whole package where it is one."""
     file = getattr(plugin, "__file__", None)
     if file is None:
         return type(plugin).__qualname__  # a plugin that is no module

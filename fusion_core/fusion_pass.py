@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import datetime
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx
 
 from fusion_core import history
 from fusion_core._inductor import CustomGraphPass, decompositions
+from fusion_core.common_ground import Common, agree, known, so_far
 from fusion_core.config import FusionConfig
 from fusion_core.decide import Decision, Verdict, judge
 from fusion_core.emit import Emitter
 from fusion_core.errors import BackendError
-from fusion_core.fingerprint import fingerprint, states, version
-from fusion_core.lifting.collectives import has_all_reduce
+from fusion_core.fingerprint import fingerprint, states, tables, version
+from fusion_core.groups import group_name
+from fusion_core.lifting.collectives import all_reduces, has_all_reduce
 from fusion_core.lifting.readings import Readings
 from fusion_core.lifting.view import LiftedGraph
 from fusion_core.merging import merged
@@ -31,7 +35,8 @@ class FusionPass(CustomGraphPass):
     """Finds every all_reduce of a graph, with what follows it, and runs it through the best usable strategy.
 
     For Inductor's option ``post_grad_custom_post_pass``; ``torch.compile(backend="fusion_core")`` sets it by itself.
-    One object may serve many graphs, and compilations in several threads.
+    One object may serve many graphs, and compilations in several threads. Ranks first agree on what they have in
+    common, see `among`.
 
     Args:
         config: Which backends may run, and how; None for the defaults.
@@ -51,6 +56,31 @@ class FusionPass(CustomGraphPass):
         self.registry = Registry.load(self.config) if registry is None else registry
         self.dry_run = dry_run
         self._uuids: dict[tuple[Device, bool, str], str] = {}
+        self._common: Common | None = None
+
+    def among(self, *groups: dist.ProcessGroup | str | None) -> FusionPass:
+        """The pass for graphs whose all_reduces are in these process groups; in another one it fuses nothing.
+
+        The ranks of each group agree now on what they have in common, and wait for each other: all of them must call
+        this. Without it, a pass that Inductor runs by itself agrees on the groups of each graph when it meets them, and
+        keeps the graph out of Inductor's cache as long as this process has any group with other ranks that is not
+        agreed on.
+
+        Args:
+            *groups: The groups or their names; None for the default group.
+
+        Raises:
+            ConfigError: where torch.distributed is not initialised, or knows no group of a name.
+        """
+        found = FusionPass(registry=self.registry, dry_run=self.dry_run)
+        found._uuids = self._uuids
+        found._common = agree(map(group_name, groups), self.registry)
+        return found
+
+    def _agreed(self, groups: Iterable[str]) -> Common:
+        if self._common is not None:
+            return self._common
+        return so_far(groups, self.registry) if self.dry_run else agree(groups, self.registry)
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite the chosen sites of a graph and record the report; a graph without a chosen site stays as it is."""
@@ -63,13 +93,16 @@ class FusionPass(CustomGraphPass):
         device = _device(graph)
         readings = Readings(self.registry.dialects)
         if not has_all_reduce(graph, readings):
-            return self._report((), (), device)
+            return self._report((), (), device, {})
+        named = [term.operands["group"] for _, term in all_reduces(graph, readings)]
+        groups = [group for group in dict.fromkeys(named) if isinstance(group, str)]
+        common = self._agreed(groups)
         left = self.config.limit
         merges: tuple[Merge, ...] = ()
         if self.config.merge and self.registry.backends:
             if self.dry_run:
                 graph = _copy(graph)
-            merges = merged(graph, readings, left)
+            merges = merged(graph, readings, left, common.unmerged)
             left = None if left is None else left - sum(not merge.reasons for merge in merges)
         view = LiftedGraph(graph, readings)
         for problem in dict.fromkeys(readings.problems):
@@ -77,36 +110,39 @@ class FusionPass(CustomGraphPass):
                 raise BackendError(problem)
             warnings.warn(f"fusion_core: {problem}", RuntimeWarning, stacklevel=2)
         emitter = Emitter(graph, view, decompositions(), self.config)
-        verdicts = [(anchor, judge(view, anchor, term, self.registry)) for anchor, term in view.anchors]
+        verdicts = []
+        for anchor, term in view.anchors:
+            group = term.operands["group"]
+            usable = common.registry(self.registry, group) if isinstance(group, str) else self.registry
+            verdicts.append((anchor, judge(view, anchor, term, usable)))
         left = len(verdicts) if left is None else left
         sites = []
         for anchor, verdict in verdicts:
             site = self._settle(anchor, verdict, emitter, left > 0)
             left -= site.strategy is not None
             sites.append(site)
-        return self._report(tuple(sites), merges, device)
+        return self._report(tuple(sites), merges, device, common.reasons(groups))
 
     def _settle(self, anchor: fx.Node, verdict: Verdict, emitter: Emitter, may_rewrite: bool) -> SiteReport:
         """Rewrite one site by the first candidate that can be placed; what became of every strategy."""
         label = anchor.name  # the node is gone once the site is rewritten
-        outcome: dict[str, tuple[Stage, tuple[Reason, ...]]] = {}
+        outcome: dict[str | None, tuple[Stage, tuple[Reason, ...]]] = {}
         chosen = None
         for candidate in verdict.candidates:
-            name = candidate.strategy.name
+            # an operator that picks by the token count stands for all that it picks from
+            names = {candidate.strategy.name, *(each.strategy for each in candidate.choices)} - {None}
             if chosen is not None:
                 found = f"{chosen.strategy.name} comes first"
-                outcome[name] = (
-                    Stage.OUTRANKED,
-                    (Reason("outranked", found, hint=f"order=({candidate.strategy.backend!r},) chooses it"),),
-                )
+                hint = f"order=({candidate.strategy.backend!r},) chooses it"
+                outcome |= dict.fromkeys(names, (Stage.OUTRANKED, (Reason("outranked", found, hint=hint),)))
             elif not may_rewrite:
                 found = f"limit is {self.config.limit} rewrites"
-                outcome[name] = Stage.OUTRANKED, (Reason("limit", found, "a higher limit"),)
+                outcome |= dict.fromkeys(names, (Stage.OUTRANKED, (Reason("limit", found, "a higher limit"),)))
             else:
                 try:
                     plan = emitter.plan(candidate)
                 except Unplaceable as error:
-                    outcome[name] = Stage.REPLACEMENT, (error.reason,)
+                    outcome |= dict.fromkeys(names, (Stage.REPLACEMENT, (error.reason,)))
                     continue
                 emitter.claim(plan)
                 if not self.dry_run:
@@ -119,9 +155,16 @@ class FusionPass(CustomGraphPass):
         site = chosen.site if chosen is not None else verdict.site
         attributes = site_attributes(site) if site is not None else {}
         pattern = site.pattern if site is not None else "all_reduce"
-        return SiteReport(pattern, chosen.strategy.name if chosen is not None else None, label, attributes, decisions)
+        strategy, choices = (None, ()) if chosen is None else (chosen.strategy.name, chosen.choices)
+        return SiteReport(pattern, strategy, label, attributes, decisions, choices)
 
-    def _report(self, sites: tuple[SiteReport, ...], merges: tuple[Merge, ...], device: Device) -> Report:
+    def _report(
+        self,
+        sites: tuple[SiteReport, ...],
+        merges: tuple[Merge, ...],
+        device: Device,
+        disagreements: Mapping[str, tuple[Reason, ...]],
+    ) -> Report:
         registry = self.registry
         return Report(
             sites,
@@ -135,15 +178,25 @@ class FusionPass(CustomGraphPass):
             datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             {"fusion_core": version(), "torch": torch.__version__},
             merges,
+            disagreements,
         )
 
-    def uuid(self) -> str:
-        """A key of everything that the pass's work hangs on; Inductor's compile cache uses it."""
+    def uuid(self) -> str | None:
+        """A key of everything that the pass's work hangs on, for Inductor's compile cache.
+
+        None, which keeps a graph out of it, where ranks have yet to agree: one that takes a graph from the cache never
+        runs the pass.
+        """
+        common = self._common
+        if common is None and not self.dry_run:
+            common = known(self.registry)
+            if common is None:
+                return None
         # the rest is fixed; Inductor asks several times for each graph
         key = Device.here(), self.dry_run, states(self.registry)
         if key not in self._uuids:
             self._uuids[key] = fingerprint(self.registry, self.dry_run)
-        return self._uuids[key]
+        return self._uuids[key] + tables(self.registry) + (common.key if common is not None else "")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusionPass:
         return self  # Inductor copies its configuration, and modules of plugins cannot be copied

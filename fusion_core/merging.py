@@ -14,7 +14,7 @@ results and their sum are small. +40000 and +40000 here and -30000 and -30000 th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +58,17 @@ class _Part:
     alone: bool
 
 
-def merged(graph: fx.Graph, readings: Readings, most: int | None) -> tuple[Merge, ...]:
-    """Merge all_reduces of a graph, ``most`` times at most, and say what came of each group of them."""
+def merged(
+    graph: fx.Graph, readings: Readings, most: int | None, barred: Callable[[str], Reason | None] = lambda group: None
+) -> tuple[Merge, ...]:
+    """Merge all_reduces of a graph, ``most`` times at most, and say what came of each group of them.
+
+    Args:
+        graph: The graph.
+        readings: How other frameworks' operators read.
+        most: How many sums may be made; None for all.
+        barred: Why those of a process group must stay; None where they need not.
+    """
     results = _results(graph, readings)
     if len(results) < 2:
         return ()
@@ -76,6 +85,8 @@ def merged(graph: fx.Graph, readings: Readings, most: int | None) -> tuple[Merge
             if len(labels) < 2:
                 continue
             reasons = tuple(_refusals(own, additions, position))
+            if not reasons and isinstance(group, str) and (reason := barred(group)) is not None:
+                reasons = (reason,)
             if not reasons and left == 0:
                 reasons = (Reason("limit", f"limit is {most} rewrites", "a higher limit"),)
             if not reasons:

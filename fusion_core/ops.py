@@ -9,14 +9,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fusion_core.common_ground import agree
 from fusion_core.config import FusionConfig
-from fusion_core.decide import preference, weigh
+from fusion_core.decide import Usable, best_first, weigh
 from fusion_core.errors import BackendError, ConfigError
-from fusion_core.groups import group_name, world_size
+from fusion_core.figures import figure
+from fusion_core.groups import group_name, resolved, world_size
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.reason import Stage
@@ -98,15 +101,16 @@ def _choose(
     """The best usable strategy for these tensors; decided once for tensors of one form."""
     tensors = [(name, TensorMeta.of(bound[name])) for name in pattern.tensors if bound[name] is not None]
     scalars = [(name, bound[name]) for name in pattern.scalars]
-    # the size beside the name: a group that was destroyed leaves its name to the next one
-    place = group, world_size(group), bound["x"].device
-    key = (pattern.name, tuple(tensors), tuple(scalars), place, wanted, config)
-    if key not in _chosen:
-        _chosen[key] = _decide(pattern, bound, dict(tensors), group, wanted, config)
-    return _chosen[key]
+    key = (pattern.name, tuple(tensors), tuple(scalars), bound["x"].device, wanted, config)
+    known = resolved(group)
+    assert known is not None
+    chosen = _chosen.setdefault(known, {})  # by the group itself: one that was destroyed leaves its name to the next
+    if key not in chosen:
+        chosen[key] = _decide(pattern, bound, dict(tensors), group, wanted, config)
+    return chosen[key]
 
 
-_chosen: dict[Any, Strategy] = {}
+_chosen: WeakKeyDictionary[torch.distributed.ProcessGroup, dict[Any, Strategy]] = WeakKeyDictionary()
 
 
 def _decide(
@@ -117,7 +121,9 @@ def _decide(
     wanted: tuple[str, ...],
     config: FusionConfig,
 ) -> Strategy:
-    registry = _registry_for(config)
+    whole = _registry_for(config)
+    common = agree((group,), whole)
+    registry = common.registry(whole, group)
     size = world_size(group)
     assert size is not None
     mode = FakeTensorMode()
@@ -131,17 +137,20 @@ def _decide(
     scalars = {name: bound[name] for name in pattern.scalars}
     site = Site(pattern.name, "ops", inputs, outputs, scalars, Device.of(bound["x"].device), size, group)
     reasons: list[str] = []
-    usable: list[Strategy] = []
+    usable: list[Usable] = []
     for strategy in registry.strategies(pattern.name):
-        stage, why = weigh(strategy, pattern, site, registry)
+        found = figure(registry, strategy, pattern, site, site.tokens or 0)
+        stage, why = weigh(strategy, pattern, site, registry, found)
         if stage is Stage.CHOSEN:
-            usable.append(strategy)
+            usable.append((strategy, pattern, found))
         reasons.extend(f"{strategy.name}: {reason}" for reason in why)
+    if not usable and common.reasons([group]):  # a warning has said so; the others do the same
+        return Strategy(pattern.name, "unfused.definition", pattern.function)
     if not usable:
         raise BackendError(
             f"no strategy can run {pattern.name} here: {'; '.join(reasons) or 'no backend in use has one'}"
         )
-    return min(usable, key=lambda strategy: preference(registry, strategy, pattern))
+    return usable[best_first(registry, usable)[0]][0]
 
 
 for _pattern in CORE_PATTERNS:

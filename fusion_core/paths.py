@@ -181,11 +181,19 @@ class Path:
             others: The tensors in the order of `Place.names`.
         """
         if not self._whole:
+            if self._impl is _all_reduce_in_place and (not x.is_contiguous() or _shares_memory(x, others)):
+                x = x.clone(memory_format=torch.contiguous_format)
             given = self._impl(x, **self._constants)
             return self.rest(given, others)
         given = self._impl(x, **dict(zip(self.place.names, others, strict=True)), **self._constants)
         results = given if isinstance(given, tuple | list) else (given,)
         return tuple(results[index] for index in self._wanted)
+
+
+def _shares_memory(x: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether overwriting x would change another input: a model may add its input to its own sum."""
+    memory = x.untyped_storage().data_ptr()
+    return any(other.untyped_storage().data_ptr() == memory for other in others)
 
 
 def _all_reduce_in_place(x: Tensor, *, group: str) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from fusion_core.config import FusionConfig, check_environment
 from fusion_core.dialects import CORE_DIALECTS
-from fusion_core.errors import BackendError
+from fusion_core.errors import BackendError, ConfigError
 from fusion_core.lifting.dialect import Dialect
 from fusion_core.loading import Backend, LoadFailure, call, load_all, typed
 from fusion_core.patterns import CORE_PATTERNS
@@ -20,6 +20,8 @@ from fusion_core.reason import Reason
 from fusion_core.run_time import Status
 from fusion_core.site import Device
 from fusion_core.strategy import Strategy
+from fusion_core.tuning.store import Found, find
+from fusion_core.tuning.table import Table
 
 GROUP = "fusion_core.backends"
 LAST = ("reference",)
@@ -44,6 +46,13 @@ class Registry:
     patterns: dict[str, Pattern] = field(default_factory=dict)
     tiers: tuple[tuple[str, ...], ...] = ()
     _available: dict[tuple[str, Device], tuple[Reason, ...]] = field(default_factory=dict)
+    _tables: dict[tuple[Device, int], Found] = field(default_factory=dict)
+    chosen_by_tokens: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """For `fusion_core.choosing`: what was decided of sites of one form."""
+    facts: dict[Device, Mapping[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    """For `fusion_core.common_ground`: what other ranks are told."""
+    _refused: Mapping[str, tuple[Reason, ...]] = field(default_factory=dict)
+    _tableless: Reason | None = None
 
     @classmethod
     def load(cls, config: FusionConfig | None = None) -> Registry:
@@ -93,7 +102,38 @@ class Registry:
             except Exception as error:  # noqa: BLE001  # a probe that raises makes its own backend unavailable, and no other
                 reasons = (Reason("probe", f"fusion_available of {backend!r} raised {type(error).__name__}: {error}"),)
             self._available[key] = reasons
-        return self._available[key]
+        return self._available[key] or self._refused.get(backend, ())
+
+    def without(self, backends: Mapping[str, tuple[Reason, ...]], table: Reason | None) -> Registry:
+        """The same for ranks that differ: some backends cannot be used on any device, and tables perhaps not either.
+
+        Args:
+            backends: Their names → why.
+            table: Why no table is used; None where it is.
+        """
+        return replace(self, _tables={}, _refused=backends, _tableless=table)
+
+    def table(self, device: Device, world_size: int) -> Table | None:
+        """What was measured on this machine with so many ranks; None where nothing was, or the user wants none.
+
+        Raises:
+            ConfigError: under ``config.strict``, where a table that is there cannot be used.
+        """
+        return self.found_table(device, world_size).table
+
+    def found_table(self, device: Device, world_size: int) -> Found:
+        """The same, with where it comes from, or why it cannot be used; looked for once."""
+        if self._tableless is not None:
+            return Found(None, problems=(self._tableless,))
+        key = (device, world_size)
+        if key not in self._tables:
+            found = find(device, world_size, self.config.table)
+            for problem in found.problems:
+                if self.config.strict:
+                    raise ConfigError(str(problem))
+                warnings.warn(f"fusion_core: {problem}", RuntimeWarning, stacklevel=2)
+            self._tables[key] = found
+        return self._tables[key]
 
     def status(self, backend: str, device: Device) -> tuple[Status, ...]:
         """What a backend holds in this process.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import uuid
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ from typing import Any
 
 import torch
 
-from fusion_core.decide import Decision
+from fusion_core.decide import Choice, Decision
+from fusion_core.figures import Figure
 from fusion_core.reason import Reason, Stage
 from fusion_core.run_time import fallen_back
 from fusion_core.site import Site, dtype_name
@@ -32,6 +34,8 @@ class SiteReport:
         attributes: The pattern's scalars (``eps``, ``weight_bias``, ...), its tensors as text under ``inputs``, the
             names of its live outputs under ``live``, the ``group`` and the ``world_size``.
         decisions: For every strategy of every pattern, how far it got and why no further.
+        choices: What runs from which token count on, with the figures where it was measured: one for a site of fixed
+            size, and several where an operator picks by the count when it runs. Empty where nothing was measured.
     """
 
     pattern: str
@@ -39,6 +43,7 @@ class SiteReport:
     node: str
     attributes: Mapping[str, Any]
     decisions: tuple[Decision, ...]
+    choices: tuple[Choice, ...] = ()
 
     @property
     def run_time(self) -> tuple[Reason, ...]:
@@ -74,6 +79,7 @@ class Report:
         compiled_at: When the pass ran, as an ISO time in UTC.
         versions: Of torch and fusion_core at that time.
         merges: All_reduces whose results are added together: made one, or why not.
+        disagreements: Process groups whose ranks differ → in what, and what is not used there for it.
     """
 
     sites: tuple[SiteReport, ...]
@@ -85,6 +91,7 @@ class Report:
     compiled_at: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     merges: tuple[Merge, ...] = ()
+    disagreements: Mapping[str, tuple[Reason, ...]] = field(default_factory=dict)
 
     @property
     def fused(self) -> tuple[SiteReport, ...]:
@@ -109,6 +116,9 @@ class Report:
             "unavailable": {
                 name: [reason.to_dict() for reason in reasons] for name, reasons in self.unavailable.items()
             },
+            "disagreements": {
+                group: [reason.to_dict() for reason in reasons] for group, reasons in self.disagreements.items()
+            },
             "merges": [
                 {"nodes": list(merge.nodes), "reasons": [reason.to_dict() for reason in merge.reasons]}
                 for merge in self.merges
@@ -127,6 +137,14 @@ class Report:
                             "reasons": [reason.to_dict() for reason in decision.reasons],
                         }
                         for decision in site.decisions
+                    ],
+                    "choices": [
+                        {
+                            "first": choice.first,
+                            "strategy": choice.strategy,
+                            "figure": None if choice.figure is None else dataclasses.asdict(choice.figure),
+                        }
+                        for choice in site.choices
                     ],
                     "run_time": [reason.to_dict() for reason in site.run_time],
                 }
@@ -157,6 +175,10 @@ class Report:
                     Decision(d["pattern"], d["strategy"], Stage[d["stage"]], reasons(d["reasons"]))
                     for d in site["decisions"]
                 ),
+                tuple(
+                    Choice(c["first"], c["strategy"], None if c["figure"] is None else Figure(**c["figure"]))
+                    for c in site.get("choices", ())
+                ),
             )
             for site in data["sites"]
         )
@@ -170,6 +192,7 @@ class Report:
             data["compiled_at"],
             data["versions"],
             tuple(Merge(tuple(merge["nodes"]), reasons(merge["reasons"])) for merge in data.get("merges", ())),
+            {group: reasons(items) for group, items in data.get("disagreements", {}).items()},
         )
 
     def to_html(self, path: str | os.PathLike[str]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 
 from fusion_core.reason import Stage
 from fusion_core.report import Report, SiteReport
-from fusion_core.report_text import facts, headline, merges
+from fusion_core.report_text import disagreements, facts, headline, merges
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1c1c1c; }
@@ -33,7 +34,8 @@ def page(report: Report) -> str:
         f"<title>{title}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
         f'<p class="quiet">{made}</p>',
-        _merged(report),
+        _listed("Ranks differ", disagreements(report)),
+        _listed("Merged", merges(report)),
         *map(_site, report.sites),
         _unusable(report),
         "</body></html>",
@@ -41,9 +43,9 @@ def page(report: Report) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _merged(report: Report) -> str:
-    lines = [line.strip() for line in merges(report)]
-    return f"<h2>Merged</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
+def _listed(title: str, lines: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(line.strip())}</li>" for line in lines)
+    return f"<h2>{title}</h2><ul>{items}</ul>" if items else ""
 
 
 def _site(site: SiteReport) -> str:
@@ -67,6 +69,4 @@ def _site(site: SiteReport) -> str:
 def _unusable(report: Report) -> str:
     lines = [f"{name}: {'; '.join(map(str, reasons))}" for name, reasons in report.unavailable.items()]
     lines += report.failures
-    if not lines:
-        return ""
-    return f"<h2>Not usable here</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+    return _listed("Not usable here", lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from fusion_core.decide import Decision
+from fusion_core.decide import Choice, Decision
 from fusion_core.reason import Stage
 from fusion_core.report import Report, SiteReport
 from fusion_core.site import dtype_name
@@ -55,6 +55,10 @@ def _lines(report: Report) -> Iterator[str]:
     if report.sites:
         yield ""
         yield from _table([_site_row(site, not _ranks(report)) for site in report.sites])
+    if lines := list(_grouped(report.sites, by_size)):
+        yield ""
+        yield "by size:"
+        yield from lines
     if lines := list(merges(report)):
         yield ""
         yield "merged:"
@@ -70,6 +74,10 @@ def _lines(report: Report) -> Iterator[str]:
         yield "not usable here:"
         yield from not_usable
         yield from (f"  {failure}" for failure in report.failures)
+    if lines := list(disagreements(report)):
+        yield ""
+        yield "ranks differ:"
+        yield from lines
     if report.sites and not report.order:
         yield ""
         yield "no backend is in use (order is empty, or none loads)"
@@ -84,6 +92,26 @@ def merges(report: Report) -> Iterator[str]:
             yield f"  {' + '.join(merge.nodes)} [stay {len(merge.nodes)}]: {why}"
         else:
             yield f"  {' + '.join(others)} into {last}: one all_reduce of the sum"
+
+
+def by_size(site: SiteReport) -> Iterator[tuple[str, str]]:
+    """What runs from which token count on, and what was measured, as subject and words."""
+    if len(site.choices) == 1 and (figure := site.choices[0].figure) is not None:
+        yield str(site.strategy), str(figure)
+    elif len(site.choices) > 1:
+        said = [f"from {c.first}: {c.strategy or 'unfused'}{_measured(c)}" for c in site.choices]
+        yield site.pattern, "; ".join(["by the tokens of each call", *said])
+
+
+def _measured(choice: Choice) -> str:
+    return "" if choice.figure is None else f" ({choice.figure})"
+
+
+def disagreements(report: Report) -> Iterator[str]:
+    """What differs between the ranks of process groups, a line each."""
+    for group, reasons in report.disagreements.items():
+        where = f" (process group {group})" if len(report.disagreements) > 1 else ""
+        yield from (f"  {reason}{where}" for reason in reasons)
 
 
 def _site_row(site: SiteReport, with_ranks: bool) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fusion_core.patterns.definition import GROUP, Pattern
+from fusion_core.per_group import synchronize
 from fusion_core.vocabulary.fp4 import dequantize_mxfp4, dequantize_nvfp4
 from fusion_core.vocabulary.fp8 import dequantize_fp8
 
@@ -61,6 +62,7 @@ def farthest_off(
         rank: This rank in it.
         **scalars: Of the pattern, where they are not its defaults; those named like a tensor of it are its value.
     """
+    synchronize(device)  # a call on another stream may still use the memory that this one will
     own, common = torch.Generator(device).manual_seed(rank), torch.Generator(device).manual_seed(99)
     with torch.no_grad():
         calls: list[dict[str, Tensor]] = []

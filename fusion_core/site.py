@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -103,6 +104,33 @@ class Site:
     world_size: int = 1
     group: str = ""
 
+    @property
+    def tokens(self) -> int | None:
+        """Rows of x: the product of its sizes but the last; None where one of them is known only at run time."""
+        x = self.inputs["x"]
+        sizes = x.shape[:-1]
+        return math.prod(map(int, sizes)) if all(isinstance(size, int) for size in sizes) else None
+
+    def at(self, tokens: int) -> Site:
+        """The site with so many rows: x, and all that has its leading sizes, as contiguous ``[tokens, n]``."""
+        lead = self.inputs["x"].shape[:-1]
+
+        def sized(meta: TensorMeta) -> TensorMeta:
+            if len(meta.shape) != len(lead) + 1 or not all(map(_same, meta.shape, lead)):
+                return meta
+            size = meta.shape[-1]
+            return replace(meta, shape=(tokens, size), stride=None if meta.stride is None else (size, 1))
+
+        inputs = {name: sized(meta) for name, meta in self.inputs.items()}
+        return replace(self, inputs=inputs, outputs={name: sized(meta) for name, meta in self.outputs.items()})
+
     def tensor(self, name: str) -> TensorMeta | None:
         """The input or live output called ``name``, or None where the place has none."""
         return self.inputs.get(name, self.outputs.get(name))
+
+
+def _same(one: Dim, other: Dim) -> bool:
+    """Whether two sizes are the same number or the same symbol; adds no guard."""
+    if isinstance(one, int) or isinstance(other, int):
+        return isinstance(one, int) and isinstance(other, int) and one == other
+    return bool(one.node.expr == other.node.expr)

@@ -101,4 +101,5 @@ def test_a_config_as_plain_json_types() -> None:
         "max_tokens": None,
         "options": [],
         "merge": True,
+        "table": None,
     }

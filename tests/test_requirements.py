@@ -16,6 +16,7 @@ from fusion_core import (
     DType,
     DTypeAttribute,
     FixedTokens,
+    KnownFaster,
     LiveOutputs,
     MultipleOf,
     OnDevice,
@@ -29,6 +30,7 @@ from fusion_core import (
 )
 
 BF16 = torch.bfloat16
+TUNE = "fusion-core tune measures it on this machine"
 SITE = Site(
     pattern="all_reduce_add_rms_norm",
     node="all_reduce",
@@ -180,6 +182,67 @@ CASES: list[tuple[Requirement, list[Site], list[tuple[Site, str]], str]] = [
             )
         ],
         "fixed sizes of x",
+    ),
+    (
+        KnownFaster("x", (("sm_90", 4, 0, 1 << 20), ("sm_90", 4, 4 << 20, 8 << 20), ("sm_90", 8, 2 << 20, 4 << 20))),
+        [
+            SITE,
+            with_x((0, 64)),
+            with_x((1 << 13, 64)),
+            with_x(((4 << 20) // 2 + 1,)),
+            with_x((1 << 16, 64)),
+            with_x((ShapeEnv().create_unbacked_symint(), 64)),
+            replace(with_x((1 << 14, 80)), world_size=8),
+        ],
+        [
+            (
+                with_x(((1 << 13) + 1, 64)),
+                "x has 1 MiB on 4 ranks of cuda (sm_90), needs over 0 up to 1 MiB or over 4 up to 8 MiB; " + TUNE,
+            ),
+            (
+                with_x((1 << 15, 64)),
+                "x has 4 MiB on 4 ranks of cuda (sm_90), needs over 0 up to 1 MiB or over 4 up to 8 MiB; " + TUNE,
+            ),
+            (
+                with_x((1 << 17, 64)),
+                "x has 16 MiB on 4 ranks of cuda (sm_90), needs over 0 up to 1 MiB or over 4 up to 8 MiB; " + TUNE,
+            ),
+            (
+                replace(with_x((0, 64)), world_size=8),
+                "x has 0 MiB on 8 ranks of cuda (sm_90), needs over 2 up to 4 MiB; " + TUNE,
+            ),
+            (
+                replace(SITE, world_size=2),
+                "nobody has measured it to be faster on 2 ranks of cuda (sm_90), needs a measurement; " + TUNE,
+            ),
+            (
+                replace(SITE, device=Device("cuda", "gfx942")),
+                "nobody has measured it to be faster on 4 ranks of cuda (gfx942), needs a measurement; " + TUNE,
+            ),
+            (
+                replace(with_x((ShapeEnv().create_unbacked_symint(), 64)), world_size=2),
+                "nobody has measured it to be faster on 2 ranks of cuda (sm_90), needs a measurement; " + TUNE,
+            ),
+        ],
+        "an input size of x at which it is known to be faster",
+    ),
+    (
+        KnownFaster("residual", (("sm_90", 4, 0, 512),), "as Acme has it"),
+        [SITE, replace(SITE, inputs={"x": SITE.inputs["x"]})],
+        [
+            (
+                with_input("residual", TensorMeta((5, 64), BF16)),
+                "residual has 0.00061 MiB on 4 ranks of cuda (sm_90), needs over 0 up to 0.000488281 MiB, as Acme has "
+                "it; " + TUNE,
+            )
+        ],
+        "an input size of residual at which it is known to be faster",
+    ),
+    (
+        KnownFaster("x"),
+        [],
+        [(SITE, "nobody has measured it to be faster on 4 ranks of cuda (sm_90), needs a measurement; " + TUNE)],
+        "an input size of x at which it is known to be faster",
     ),
 ]
 IDS = [str(case[0]) for case in CASES]

@@ -52,6 +52,9 @@ from fusion_core.testing.tensors import Values
 
 __all__ = ["CHECKS", "Check", "CheckFailed", "CheckNotApplicable", "CheckSkipped"]
 
+BATCHES = (1, 2, 3, 17, 64, 257)
+"""Numbers of rows in which a batch-invariant strategy is compared."""
+
 CPU = Device("cpu")
 """Where checks that need no device start from."""
 
@@ -260,6 +263,21 @@ def gives_the_same_bits_on_every_rank(subject: Subject) -> None:
 
     alike((example(subject, device, sizes[0]), Values()))
     for_all(subject, alike, examples(subject, device, [size for size in sizes if size > 1] or sizes), factor=0.1)
+
+
+@_check(needs_device=True)
+def gives_a_row_the_same_bits_in_every_batch(subject: Subject) -> None:
+    """Where it says that it is batch-invariant, a row's bits do not hang on the other rows."""
+    device, sizes = here(subject)
+    if not subject.strategy.batch_invariant:
+        raise CheckNotApplicable("it does not say that it is batch-invariant")
+    for size in sizes:
+        plain = example(subject, device, size)
+        site = resized(subject.pattern, plain, (BATCHES[-1], int(plain.inputs["x"].shape[-1])))
+        for rank, found in enumerate(run(subject, site, jobs.bits_of_the_first_row, Values(), BATCHES)):
+            if differing := sorted({name for bits in found[1:] for name in bits if bits[name] != found[0][name]}):
+                what = f"the first row of {', '.join(differing)} has other bits in batches of {BATCHES} rows"
+                fail(subject, site, f"{what}, needs the same, or no batch_invariant=True", rank)
 
 
 @_check(needs_device=True)

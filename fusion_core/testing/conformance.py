@@ -31,6 +31,7 @@ __all__ = [
     "test_declares_what_the_definition_gives",
     "test_equals_the_oracle_where_it_accepts",
     "test_fake_matches_real",
+    "test_gives_a_row_the_same_bits_in_every_batch",
     "test_gives_the_same_bits_on_every_rank",
     "test_leaves_its_inputs_alone",
     "test_loads",
@@ -132,6 +133,11 @@ def test_takes_any_number_of_dimensions_or_refuses(subject: Subject) -> None:
 def test_gives_the_same_bits_on_every_rank(subject: Subject) -> None:
     """Every rank gets the same bits of every output."""
     verify(_CHECKS["gives_the_same_bits_on_every_rank"], subject)
+
+
+def test_gives_a_row_the_same_bits_in_every_batch(subject: Subject) -> None:
+    """Where it says that it is batch-invariant, a row's bits do not hang on the other rows."""
+    verify(_CHECKS["gives_a_row_the_same_bits_in_every_batch"], subject)
 
 
 def test_can_be_repeated_and_used_in_two_groups(subject: Subject) -> None:

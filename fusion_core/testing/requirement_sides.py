@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fusion_core.errors import FusionError
+from fusion_core.known_faster import KnownFaster
 from fusion_core.requirements import (
     Arch,
     Attribute,
@@ -27,8 +28,9 @@ from fusion_core.requirements import (
     SizeBetween,
     WorldSize,
 )
-from fusion_core.site import Device, Dim, Site, TensorMeta
+from fusion_core.site import Device, Dim, Site
 from fusion_core.testing.layouts import laid_out
+from fusion_core.testing.variants import on_arch, tensor_of, unknown_rows, with_tensor, without
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -97,12 +99,7 @@ def _(requirement: OnDevice, site: Site) -> Sides:
 @sides.register
 def _(requirement: Arch, site: Site) -> Sides:
     near = [wrong for arch in requirement.archs for wrong in (f"{arch}0", f"{arch}a", arch[:-1])]
-    kind = site.device.type if site.device.arch else "cuda"
-    return _split(
-        (*FOREIGN_ARCHS, *near),
-        requirement.archs,
-        lambda arch: replace(site, device=Device(kind if arch else "cpu", arch)),
-    )
+    return _split((*FOREIGN_ARCHS, *near), requirement.archs, lambda arch: on_arch(site, arch))
 
 
 @sides.register
@@ -113,9 +110,9 @@ def _(requirement: WorldSize, site: Site) -> Sides:
 
 @sides.register
 def _(requirement: DType, site: Site) -> Sides:
-    tensor = _tensor(site, requirement.arg)
-    split = _split(DTYPES, requirement.dtypes, lambda dtype: _with(site, requirement.arg, replace(tensor, dtype=dtype)))
-    return _or_absent(split, site, requirement.arg)
+    arg, tensor = requirement.arg, tensor_of(site, requirement.arg)
+    split = _split(DTYPES, requirement.dtypes, lambda dtype: with_tensor(site, arg, replace(tensor, dtype=dtype)))
+    return _or_absent(split, site, arg)
 
 
 @sides.register
@@ -125,11 +122,11 @@ def _(requirement: SameDType, site: Site) -> Sides:
     def with_dtypes(dtypes: dict[str, torch.dtype]) -> Site:
         result = site
         for name, dtype in dtypes.items():
-            result = _with(result, name, replace(_tensor(site, name), dtype=dtype))
+            result = with_tensor(result, name, replace(tensor_of(site, name), dtype=dtype))
         return result
 
     met = [with_dtypes(dict.fromkeys(present, dtype)) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    met += [_without(met[0], name) for name in present[1:] if name in site.inputs or name in site.outputs]
+    met += [without(met[0], name) for name in present[1:] if name in site.inputs or name in site.outputs]
     unmet = [
         with_dtypes({**dict.fromkeys(present, dtype), name: other})
         for name in (present if len(present) > 1 else ())
@@ -164,12 +161,12 @@ def _(requirement: SizeBetween, site: Site) -> Sides:
 
 @sides.register
 def _(requirement: Dimensions, site: Site) -> Sides:
-    tensor = _tensor(site, requirement.arg)
+    tensor = tensor_of(site, requirement.arg)
 
     def make(count: int) -> Site:
         shape = tensor.shape[-count:] if count else ()
         shape = (*(2 for _ in range(count - len(shape))), *shape)
-        return _with(site, requirement.arg, laid_out(replace(tensor, shape=shape)))
+        return with_tensor(site, requirement.arg, laid_out(replace(tensor, shape=shape)))
 
     near = [other for count in requirement.counts for other in (count - 1, count + 1) if other >= 0]
     return _or_absent(_split((*range(5), *near), requirement.counts, make), site, requirement.arg)
@@ -177,13 +174,14 @@ def _(requirement: Dimensions, site: Site) -> Sides:
 
 @sides.register
 def _(requirement: Present, site: Site) -> Sides:
-    return Sides((_with(site, requirement.arg, _tensor(site, requirement.arg)),), (_without(site, requirement.arg),))
+    arg = requirement.arg
+    return Sides((with_tensor(site, arg, tensor_of(site, arg)),), (without(site, arg),))
 
 
 @sides.register
 def _(requirement: Contiguous, site: Site) -> Sides:
     arg = requirement.arg
-    tensor = _tensor(site, arg)
+    tensor = tensor_of(site, arg)
     shape = tuple(max(int(size), 2) for size in tensor.shape) or (2,)
     plain = laid_out(replace(tensor, shape=shape))
     rows = laid_out(replace(tensor, shape=(3, *shape[-1:])))
@@ -192,8 +190,8 @@ def _(requirement: Contiguous, site: Site) -> Sides:
     unmet = [laid_out(each, layout) for each in (plain, rows) for layout in ("sliced", "padded", "transposed")]
     unmet = [each for each in unmet if each.stride not in (plain.stride, rows.stride)]
     split = Sides(
-        tuple(_with(site, arg, each) for each in met if len(each.shape) == len(tensor.shape)),
-        tuple(_with(site, arg, each) for each in unmet),
+        tuple(with_tensor(site, arg, each) for each in met if len(each.shape) == len(tensor.shape)),
+        tuple(with_tensor(site, arg, each) for each in unmet),
     )
     return _or_absent(split, site, arg)
 
@@ -229,7 +227,7 @@ def _(requirement: Attribute, site: Site) -> Sides:
 
 @sides.register
 def _(requirement: DTypeAttribute, site: Site) -> Sides:
-    own = _tensor(site, requirement.arg).dtype
+    own = tensor_of(site, requirement.arg).dtype
     absent = {name: value for name, value in site.attributes.items() if name != requirement.name}
     given = _split(
         FLOATS,
@@ -241,57 +239,65 @@ def _(requirement: DTypeAttribute, site: Site) -> Sides:
 
 @sides.register
 def _(requirement: FixedTokens, site: Site) -> Sides:
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it brings sympy
-
-    tensor = _tensor(site, requirement.arg)
-    known = _with(site, requirement.arg, laid_out(replace(tensor, shape=(4, *tensor.shape[-1:]))))
-    shape = (ShapeEnv().create_unbacked_symint(), *tensor.shape[-1:])
-    unknown = _with(site, requirement.arg, replace(tensor, shape=shape, stride=None))
-    return _or_absent(Sides((known,), (unknown,)), site, requirement.arg)
+    arg = requirement.arg
+    tensor = tensor_of(site, arg)
+    known = with_tensor(site, arg, laid_out(replace(tensor, shape=(4, *tensor.shape[-1:]))))
+    return _or_absent(Sides((known,), (unknown_rows(site, arg),)), site, arg)
 
 
-def _tensor(site: Site, arg: str) -> TensorMeta:
-    """The tensor, or one like x where the site has none: a variant then has it."""
-    tensor = site.tensor(arg)
-    return site.inputs["x"] if tensor is None else tensor
+@sides.register
+def _(requirement: KnownFaster, site: Site) -> Sides:
+    arg = requirement.arg
+    item = tensor_of(site, arg).dtype.itemsize
+    machines = dict.fromkeys((arch, ranks) for arch, ranks, *_ in requirement.sizes)
+    met: list[Site] = []
+    unmet: list[Site] = []
+    for arch, ranks in machines:
+        here = replace(on_arch(site, arch), world_size=ranks)
+        ranges = [(above, to) for *machine, above, to in requirement.sizes if machine == [arch, ranks]]
+        ends = {end // item * item for bounds in ranges for end in bounds}
+        for size in sorted({0, item} | ends | {end + item for end in ends}):
+            # no rows take as little time as the fewest do
+            inside = any(above < (size or 1) <= to for above, to in ranges)
+            (met if inside else unmet).append(_of_bytes(here, arg, size))
+        met.append(unknown_rows(here, arg))  # the choice is made when it runs
+        met += [without(here, arg)] if arg != "x" else []
+    archs = dict.fromkeys((*FOREIGN_ARCHS, *(arch for arch, _ in machines)))
+    counts = dict.fromkeys((1, 2, 3, *(ranks + 1 for _, ranks in machines), *(2 * ranks for _, ranks in machines)))
+    others = [(arch, ranks) for arch in archs for ranks in counts if (arch, ranks) not in machines]
+    unmet += [replace(on_arch(site, arch), world_size=ranks) for arch, ranks in others]
+    return Sides(tuple(met), tuple(unmet))
 
 
-def _with(site: Site, arg: str, meta: TensorMeta) -> Site:
-    """The site with another tensor of this name."""
-    if arg in site.outputs and arg not in site.inputs:
-        return replace(site, outputs={**site.outputs, arg: meta})
-    return replace(site, inputs={**site.inputs, arg: meta})
-
-
-def _without(site: Site, arg: str) -> Site:
-    """The site without any tensor of this name."""
-    inputs, outputs = dict(site.inputs), dict(site.outputs)
-    inputs.pop(arg, None)
-    outputs.pop(arg, None)
-    return replace(site, inputs=inputs, outputs=outputs)
+def _of_bytes(site: Site, arg: str, size: int) -> Site:
+    """The site with a tensor of so many bytes, in rows of the width that it has where they come out even."""
+    tensor = tensor_of(site, arg)
+    count, width = size // tensor.dtype.itemsize, int(tensor.shape[-1]) if tensor.shape else 1
+    width = width if width and count % width == 0 else 1
+    return with_tensor(site, arg, laid_out(replace(tensor, shape=(count // width, width))))
 
 
 def _or_absent(split: Sides, site: Site, arg: str) -> Sides:
     """A condition on a tensor holds where the site has no such tensor; x is always there."""
-    return split if arg == "x" else Sides((*split.met, _without(site, arg)), split.unmet)
+    return split if arg == "x" else Sides((*split.met, without(site, arg)), split.unmet)
 
 
 def _size(site: Site, arg: str, dim: int) -> int:
-    shape = _tensor(site, arg).shape
+    shape = tensor_of(site, arg).shape
     return int(shape[dim]) if -len(shape) <= dim < len(shape) else 1
 
 
 def _sized(arg: str, dim: int, met: Iterable[int], unmet: Iterable[int], site: Site) -> Sides:
     """Variants in which one size of a tensor is this or that; without that dimension the condition cannot hold."""
-    tensor = _tensor(site, arg)
+    tensor = tensor_of(site, arg)
     count = dim + 1 if dim >= 0 else -dim
 
     def make(size: int, shape: tuple[Dim, ...] = tensor.shape) -> Site:
         sizes: list[Dim] = [*(2 for _ in range(count - len(shape))), *shape]
         sizes[dim] = size
-        return _with(site, arg, laid_out(replace(tensor, shape=tuple(sizes))))
+        return with_tensor(site, arg, laid_out(replace(tensor, shape=tuple(sizes))))
 
     met = tuple(met)
     barely = make(met[0], (2,) * count)  # no more dimensions than it takes
-    lacking = _with(site, arg, laid_out(replace(tensor, shape=(2,) * (count - 1))))
+    lacking = with_tensor(site, arg, laid_out(replace(tensor, shape=(2,) * (count - 1))))
     return _or_absent(Sides((*map(make, met), barely), (*map(make, unmet), lacking)), site, arg)

@@ -74,8 +74,8 @@ def load(backend: str, entry_point: str | None = None) -> Registry:
         BackendError: where it is not installed or does not load, with the reason; or its module ``testing`` does not.
     """
     # the kit's FUSION_CORE_STRICT is about skips, not about other plugins that happen to be broken here; the options
-    # of FUSION_CORE_OPTIONS may be those of backends that are not here
-    config = FusionConfig(order=(backend,), strict=False, options=())
+    # of FUSION_CORE_OPTIONS may be those of backends that are not here; and what is fast here is another matter
+    config = FusionConfig(order=(backend,), strict=False, options=(), table="none", numerics="default")
     if entry_point is None:
         registry = Registry.load(config)
     else:

@@ -304,6 +304,7 @@ def one(
     options: tuple[str, ...] = (),
     public: bool = False,
     dynamic: bool = False,
+    max_tokens: int | None = None,
 ) -> Seen:
     """One class of the seed page."""
     stand_up(arch)
@@ -313,7 +314,7 @@ def one(
         for name in given.keys() & {"x", "residual"}:
             torch._dynamo.mark_dynamic(given[name], 0)
     with torch.no_grad():
-        run, report = compiled(function, FusionConfig(order=ORDER, options=options), public)
+        run, report = compiled(function, FusionConfig(order=ORDER, options=options, max_tokens=max_tokens), public)
         run(**given)
         results, *seen = watched(lambda: run(**given))
     found = dict(zip(returns.split(), results, strict=True))

@@ -338,8 +338,9 @@ def test_more_than_64_mib_is_left_to_rccl():
         site = site_of(strategy)
         assert should_not(strategy, sized(site, 4096, 8192)) == []
         (words,) = should_not(strategy, sized(site, 8192, 8192))
-        assert (
-            words == "x has 128 MiB on 2 ranks of cuda (gfx950), needs at most 64 MiB, as AITER's own callers have it"
+        assert words == (
+            "x has 128 MiB on 2 ranks of cuda (gfx950), needs over 0 up to 64 MiB, as AITER's own callers have it; "
+            "fusion-core tune measures it on this machine"
         )
         assert said(strategy, sized(site, 8192, 8192)) == [], "right it would be"
 
@@ -351,9 +352,7 @@ def test_a_run_time_number_of_rows_guards_nothing(rows):
         site = site_of(strategy)
         site = replace(site, inputs={n: x if n in ("x", "residual") else meta for n, meta in site.inputs.items()})
         assert said(strategy, site) == []
-        words = should_not(strategy, site)
-        assert bool(words) == quantises(kernel_of(strategy)), "unfused, a quantisation takes several kernels"
-        assert all(each.startswith("x has the run-time size s") for each in words)
+        assert should_not(strategy, site) == [], "the choice is made when it runs"
         assert env.guards == [], "a guard would compile the graph again for other token counts"
 
 
@@ -361,4 +360,7 @@ def test_what_nobody_has_measured_is_not_used():
     site = site_of(PLAIN[0])
     for changed in (replace(site, world_size=16), replace(site, device=Device("cuda", "sm_90"))):
         (words,) = should_not(PLAIN[0], changed)
-        assert words.startswith(f"nobody has measured {changed.world_size} ranks of {changed.device}, needs 2 ranks of gfx942 or ")  # fmt: skip
+        assert words == (
+            f"nobody has measured it to be faster on {changed.world_size} ranks of {changed.device}, needs a "
+            "measurement; fusion-core tune measures it on this machine"
+        )

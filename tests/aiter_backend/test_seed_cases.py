@@ -200,13 +200,17 @@ def test_a_quantisation_that_no_kernel_has_is_left_behind_the_fused_norm(
         check(seen, ADD, "normed residual_out", expected, left=left)
 
 
-def test_of_any_number_of_tokens_the_norm_alone_is_fused(box):
-    """Where a call gets too large for the kernel, its quantisation would cost several others."""
+def test_of_any_number_of_tokens_it_is_chosen_when_it_runs(box):
     arch, two = box
-    for seen in two.run(jobs.one, arch, QUANT, "vllm", "aiter", dynamic=True):
-        assert f"aiter.{ADD}_group_fp8: x has the run-time size" in seen.reasons
-        expected = call(arch, {"gemma_norm": False}, one_stage=arch == "gfx950")
-        check(seen, ADD, "normed residual_out", expected, left="vllm::rocm_aiter_group_fp8_quant")
+    kernel, live, own = CLASSES[QUANT]
+    for seen in two.run(jobs.one, arch, QUANT, "vllm", "aiter", dynamic=True, max_tokens=6):
+        check(seen, kernel, live, call(arch, own, one_stage=arch == "gfx950"))
+    for seen in two.run(jobs.one, arch, QUANT, "vllm", "aiter", (7, 512), dynamic=True, max_tokens=6):
+        assert seen.sites == [(kernel, f"aiter.{kernel}", frozenset(live.split()))], "the same graph"
+        assert seen.calls == []
+        assert not [name for name in seen.ran if "aiter" in name], seen.ran
+        assert seen.ran["_c10d_functional::all_reduce_"] == 1
+        assert max(seen.off.values()) < 1, seen.off
 
 
 def test_leading_dimensions_are_one_for_aiter(box):

@@ -6,7 +6,7 @@ import pytest
 
 from fusion_aiter import requirements
 from fusion_aiter.kernels import KERNELS
-from fusion_aiter.requirements import GroupSize, LeastScale, NativeFP8, Published, RowFits
+from fusion_aiter.requirements import GroupSize, LeastScale, NativeFP8, RowFits
 from fusion_core import Reason
 from fusion_core.patterns.plain import all_reduce_add_rms_norm
 from fusion_core.testing import CHECKS, CheckFailed, example_site, sides, subjects
@@ -25,7 +25,6 @@ REQUIREMENTS = [
     GroupSize("x"),
     NativeFP8(),
     LeastScale(1 / (512 * 240)),
-    Published("x"),
 ]
 
 

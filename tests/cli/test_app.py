@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-COMMANDS = ["backends", "demo", "explain", "patterns"]
+COMMANDS = ["backends", "demo", "explain", "patterns", "tune"]
 
 
 def test_every_command_is_listed(run):

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import fusion_core
-from fusion_core import Requirement, hookspecs, requirements
+from fusion_core import Requirement, hookspecs, known_faster, requirements
 from fusion_core.testing import CHECKS
 from tests.test_requirements import CASES
 
@@ -31,8 +31,9 @@ PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", EXAMPLE / "README.md"])
 HOOKS = [function for name, function in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("fusion_")]
 REQUIREMENTS = [
     kind
-    for name, kind in inspect.getmembers(requirements, inspect.isclass)
-    if kind.__module__ == requirements.__name__ and hasattr(kind, "unmet") and kind is not Requirement
+    for module in (requirements, known_faster)
+    for name, kind in inspect.getmembers(module, inspect.isclass)
+    if kind.__module__ == module.__name__ and hasattr(kind, "unmet") and kind is not Requirement
 ]
 
 INCLUDE = re.compile(r"(<!-- include: (\S+) -->\n```(\w+)\n)(.*?)(^```$)", re.MULTILINE | re.DOTALL)

@@ -5,8 +5,8 @@ A CPU counts as an H100 here, so that all that stands between torch.compile and 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,19 +17,20 @@ from torch.distributed._functional_collectives import all_reduce
 import fusion_core
 from fusion_core import Device, FusionConfig
 from fusion_core.patterns import CORE_PATTERNS
-from fusion_flashinfer import availability, limits
+from fusion_flashinfer import availability
 from fusion_flashinfer.kernels import Buffers
 from fusion_flashinfer.self_check import distance_of
 from fusion_flashinfer.workspaces import WORKSPACES
 from tests.dialects import vllm_operators  # noqa: F401  # defines them
 from tests.flashinfer_backend import stand_in
+from tests.flashinfer_backend.forms import faster, only
 from tests.flashinfer_backend.jobs import fresh
 from tests.flashinfer_backend.one_call import BY_NAME, inputs
 
 PATTERNS = {pattern.name: pattern for pattern in CORE_PATTERNS}
 H100 = Device("cuda", "sm_90")
 HIDDEN = 256
-CONFIG = FusionConfig(order=("flashinfer",))
+CONFIG = FusionConfig(order=("flashinfer",), table="none")
 
 
 def compiled(function: Any, config: FusionConfig = CONFIG) -> Any:
@@ -47,8 +48,14 @@ def chosen() -> list[str | None]:
     return [site.strategy for site in report.sites]
 
 
-def one(kernel_name: str, config: FusionConfig = CONFIG, tokens: int = 6) -> tuple[list[str | None], int, bool, float]:
-    """A function that is one pattern, all of a kernel's outputs live: strategies, calls, PDL, distance from float64."""
+def one(
+    kernel_name: str, config: FusionConfig = CONFIG, two_shot: bool = False, tokens: int = 6
+) -> tuple[list[str | None], list[tuple[bool, bool]], float]:
+    """A function that is one pattern, all of a kernel's outputs live.
+
+    Returns:
+        Strategies, of each call whether it is one-shot and whether it has PDL, distance from float64.
+    """
     fresh()
     kernel = BY_NAME[kernel_name]
     pattern, group = PATTERNS[kernel.pattern], dist.group.WORLD.group_name
@@ -77,7 +84,7 @@ def one(kernel_name: str, config: FusionConfig = CONFIG, tokens: int = 6) -> tup
         )
         return tuple(results[name] for name in kernel.outputs)
 
-    with torch.no_grad():
+    with torch.no_grad(), only(two_shot=two_shot):
         run = compiled(packed if kernel.quantization == "group_fp8" else model, config)
         run(**tensors)
         stand_in.calls.clear()
@@ -87,7 +94,7 @@ def one(kernel_name: str, config: FusionConfig = CONFIG, tokens: int = 6) -> tup
     expected = dict(zip(pattern.outputs, exact if isinstance(exact, tuple) else (exact,), strict=True))
     buffers = Buffers(found[kernel.outputs[-1]], found.get("normed"), found.get("quantized"), found.get("scale"))
     distance = distance_of(kernel, buffers, expected, tensors.get("scale"))
-    return chosen(), len(stand_in.calls), all(call.pdl for call in stand_in.calls), distance
+    return chosen(), [(call.one_shot, call.pdl) for call in stand_in.calls], distance
 
 
 class Block(nn.Module):
@@ -135,13 +142,15 @@ def off(module: Block, x: Tensor, found: Tensor) -> float:
     return float((found.double() - exact).abs().max())
 
 
-def crossing(sizes: list[int], one_shot: int, most: int) -> tuple[list[str | None], list[Any], float, int]:
-    """A graph of any number of tokens, on sizes around the limits: what ran, the worst answer, how many graphs."""
-    row = HIDDEN * 4
-    fresh(one_shot=one_shot * row, most=most * row)
+Ran = tuple[list[str | None], list[list[tuple[int, bool]]], float, int]
+"""Strategies; of each size, how many rows each call took and whether one-shot; the worst answer; how many graphs."""
+
+
+def of_any_size(sizes: list[int], config: FusionConfig = CONFIG) -> Ran:
+    """A graph of any number of tokens, on several sizes."""
     counters.clear()
     module, _ = block(0, 1)
-    run = compiled(module)
+    run = compiled(module, config)
     ran, worst = [], 0.0
     with torch.no_grad():
         for size in sizes:
@@ -150,9 +159,23 @@ def crossing(sizes: list[int], one_shot: int, most: int) -> tuple[list[str | Non
             run(x)
             stand_in.calls.clear()
             worst = max(worst, off(module, x, run(x)))
-            ran.append({call.one_shot for call in stand_in.calls} or None)
-            assert len(stand_in.calls) in (0, 3)
+            ran.append([(call.tokens, call.one_shot) for call in stand_in.calls])
     return chosen(), ran, worst, counters["stats"]["unique_graphs"]
+
+
+def crossing(sizes: list[int], one_shot: int, most: int) -> Ran:
+    """`of_any_size`, on sizes around those up to which each form is faster."""
+    fresh()
+    row = HIDDEN * 4
+    with faster(one_shot * row, most * row, H100.arch, dist.get_world_size()):
+        return of_any_size(sizes)
+
+
+def forced(sizes: list[int], most: int, two_shot: bool) -> Ran:
+    """`of_any_size` by one form alone, of which a launch takes so many rows."""
+    fresh(most * HIDDEN * 4)
+    with only(two_shot=two_shot):
+        return of_any_size(sizes)
 
 
 def started() -> tuple[str, list[str | None], int, int, float]:
@@ -194,28 +217,17 @@ def failing(rank: int) -> tuple[str, str, float]:
 def capacity(max_tokens: int, sizes: list[int]) -> tuple[list[bool], int, float]:
     """For each number of tokens whether it was fused; the workspace's capacity."""
     fresh()
-    module, _ = block(0, 1)
-    run = compiled(module, FusionConfig(order=("flashinfer",), max_tokens=max_tokens))
-    fused, worst = [], 0.0
-    with torch.no_grad():
-        for size in sizes:
-            x = block(size, size)[1]
-            torch._dynamo.mark_dynamic(x, 0)
-            run(x)
-            stand_in.calls.clear()
-            worst = max(worst, off(module, x, run(x)))
-            fused.append(bool(stand_in.calls))
+    _, ran, worst, _ = of_any_size(sizes, replace(CONFIG, max_tokens=max_tokens))
     (held,) = WORKSPACES.groups
-    return fused, held.elements, worst
+    return [bool(calls) for calls in ran], held.elements, worst
 
 
 def refused(tokens: int, most: int) -> tuple[list[str | None], str]:
     """A function whose token count is fixed and above the limit: decided when it is compiled."""
     fresh()
-    ranks = dist.get_world_size()
     x = torch.zeros(tokens, HIDDEN)
-    limit = limits.Limit(most * HIDDEN * 4, most * HIDDEN * 4)
-    with torch.no_grad(), mock.patch.dict(limits.LIMITS, {("sm_90", ranks): limit}):
+    limit = most * HIDDEN * 4
+    with torch.no_grad(), faster(limit, limit, H100.arch, dist.get_world_size()):
         compiled(lambda x: all_reduce(x, "sum", dist.group.WORLD))(x)
     assert not stand_in.calls
     return chosen(), str(fusion_core.last_report())

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusion_core import per_group
+from fusion_core import FusionConfig, per_group, run_time
+from fusion_core.patterns.plain import all_reduce
 from fusion_core.run_time import fallen_back
-from fusion_flashinfer import creation, limits, workspaces
+from fusion_flashinfer import creation, launch
 from fusion_flashinfer.kernels import KERNELS
+from fusion_flashinfer.limits import MOST
 from fusion_flashinfer.self_check import self_check
+from fusion_flashinfer.strategies import STRATEGIES
 from fusion_flashinfer.workspaces import WORKSPACES
 from tests.flashinfer_backend import stand_in
 from tests.flashinfer_backend.one_call import BY_NAME, inputs, run
@@ -20,17 +23,19 @@ from tests.flashinfer_backend.one_call import BY_NAME, inputs, run
 stand_in.install()
 
 
-def fresh(**limit: int) -> None:
-    """Forget what an earlier test left; use the kernels up to these sizes."""
+def fresh(most: int = MOST) -> None:
+    """Forget what an earlier test left; take so many bytes in one launch."""
     WORKSPACES.groups.release()
+    run_time._fallen_back.clear()
     for names in (stand_in.fails_to_create, stand_in.wrong, stand_in.calls, stand_in.past, stand_in.alive):
         names.clear()
     stand_in.multicast = stand_in.moved = False
-    bound = limits.Limit(**limit) if limit else limits.Limit(1 << 20, 1 << 24)
-    workspaces.limit = lambda arch, world_size: bound  # type: ignore[assignment]
+    launch.MOST = most
 
 
-def all_kernels(rows: list[tuple[int, int]], dtypes: list[torch.dtype], moved: bool = False) -> list[str]:
+def all_kernels(
+    rows: list[tuple[int, int]], dtypes: list[torch.dtype], two_shot: bool, moved: bool = False
+) -> list[str]:
     """Every kernel that this machine could have, at these sizes: what is off."""
     fresh()
     stand_in.moved = moved
@@ -43,24 +48,67 @@ def all_kernels(rows: list[tuple[int, int]], dtypes: list[torch.dtype], moved: b
                 for bias in (0.0, 1.0):
                     if kernel.quantization and (dtype == torch.float32 or hidden % 128):
                         continue
-                    if (distance := run(kernel.name, tokens, hidden, dtype, bias=bias)) > 1:
+                    if (distance := run(kernel.name, tokens, hidden, dtype, bias=bias, two_shot=two_shot)) > 1:
                         off.append(f"{kernel.name} {tokens}x{hidden} {dtype} bias {bias}: {distance}")
     assert len(stand_in.past) == (0 if moved else len(stand_in.calls))
     assert {call.pattern for call in stand_in.calls} == {0, 1, 2, 4, 8, 9, 10, 11}, state()
+    assert {call.one_shot for call in stand_in.calls} == ({True, False} if two_shot else {True})
     return off
 
 
-def shots(sizes: list[int], **limit: int) -> list[Any]:
-    """For each number of tokens: whether the kernel ran one-shot, two-shot (False) or not at all (None)."""
-    fresh(**limit)
-    run("all_reduce", 40)  # the workspace, and the first self-check
+def calls_of(name: str, tokens: int, **where: Any) -> list[Any]:
+    """The calls of FlashInfer of one call of an operator, which is right, when all has been made and checked."""
+    assert run(name, tokens, **where) <= 1
+    stand_in.calls.clear()
+    assert run(name, tokens, **where) <= 1
+    return list(stand_in.calls)
+
+
+def shots(sizes: list[int], two_shot: bool) -> list[Any]:
+    """For each number of tokens: whether the kernel ran one-shot or two-shot (False)."""
+    fresh()
+    return [[call.one_shot for call in calls_of("all_reduce", tokens, two_shot=two_shot)] for tokens in sizes]
+
+
+def parts(most: int, sizes: list[int], **where: Any) -> dict[str, list[list[int]]]:
+    """For each kernel, and each number of tokens, how many of them each launch took."""
+    fresh(most * 256 * 2)
+    names = [kernel.name for kernel in KERNELS if kernel.quantization != "nvfp4"]
+    return {name: [[call.tokens for call in calls_of(name, size, **where)] for size in sizes] for name in names}
+
+
+def parts_with_leading_dimensions(name: str) -> tuple[float, list[tuple[int, bool]]]:
+    """An input of three dimensions in parts, the last of which two-shot does not take: the distance; what ran."""
+    fresh(4 * 256 * 2)
+    run(name, 9, lead=(3, 3), two_shot=True)
+    stand_in.calls.clear()
+    return run(name, 9, lead=(3, 3), two_shot=True), [(call.tokens, call.one_shot) for call in stand_in.calls]
+
+
+def a_part_that_is_wrong() -> tuple[list[tuple[int, bool]], float, dict[str, str]]:
+    """Ten rows in parts of four, the last of which runs by a kernel that is wrong here: what ran, the distance."""
+    fresh(4 * 256 * 2)
+    stand_in.wrong.add((0, True))
+    run("all_reduce", 10, two_shot=True)
+    stand_in.calls.clear()
+    distance = run("all_reduce", 10, two_shot=True)
+    return [(call.tokens, call.one_shot) for call in stand_in.calls], distance, fell_back()
+
+
+def deterministic(max_tokens: int, sizes: list[int], numerics: str) -> tuple[list[list[int]], int]:
+    """What the bare all_reduce's strategy runs of each size, by its declaration; the workspace's capacity."""
+    fresh()
+    (strategy,) = [each for each in STRATEGIES if each.name == "flashinfer.all_reduce"]
+    settings = strategy.settings(all_reduce, FusionConfig(numerics=numerics, max_tokens=max_tokens))
     found = []
-    for tokens in sizes:
-        run("all_reduce", tokens)
-        stand_in.calls.clear()
-        assert run("all_reduce", tokens) <= 1
-        found.append(stand_in.calls[-1].one_shot if stand_in.calls else None)
-    return found
+    for size in sizes:
+        x = torch.full((size, 256), float(dist.get_rank() + 1), dtype=torch.bfloat16)
+        for _ in range(2):
+            stand_in.calls.clear()
+            total = strategy.impl(x, group=dist.group.WORLD.group_name, **settings)
+            assert torch.equal(total, torch.full_like(x, 3.0))
+        found.append([call.tokens for call in stand_in.calls])
+    return found, next(iter(WORKSPACES.groups)).elements
 
 
 def empty(lead: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -97,22 +145,27 @@ def odd_memory() -> list[float]:
     return found
 
 
-def one_rank_fails(rank: int) -> tuple[float, str, str, int]:
-    """A workspace that comes up on all ranks but one: the result, the reason, the status, what is left allocated."""
+def fell_back() -> dict[str, str]:
+    """Every strategy that runs unfused in the default group, and why."""
+    reasons = {each.name: fallen_back(each.name, dist.group.WORLD.group_name) for each in STRATEGIES}
+    return {name: "; ".join(map(str, said)) for name, said in reasons.items() if said}
+
+
+def one_rank_fails(rank: int, **where: Any) -> tuple[float, dict[str, str], str, int]:
+    """A workspace that comes up on all ranks but one: the result, the reasons, the status, what is left allocated."""
     fresh()
     stand_in.fails_to_create.add(rank)
-    distance = run("all_reduce_add_rms_norm")
-    (reason,) = fallen_back("flashinfer.all_reduce_add_rms_norm", dist.group.WORLD.group_name)[-1:]
+    distance = run("all_reduce_add_rms_norm", **where)
     stand_in.fails_to_create.clear()
-    again = run("all_reduce_add_rms_norm", 7)
+    again = run("all_reduce_add_rms_norm", 7, **where)
     (status,) = WORKSPACES.status()
     assert not stand_in.calls, "remembered: nobody tries again"
-    return max(distance, again), str(reason), status.state, len(stand_in.alive)
+    return max(distance, again), fell_back(), status.state, len(stand_in.alive)
 
 
 def growth_fails(rank: int) -> tuple[list[bool], str]:
     """Whether calls are fused: small, too large for what one rank has memory for, small again; and the status."""
-    fresh(one_shot=1 << 30, most=1 << 30)
+    fresh()
     found = []
     for tokens in (4, 5000, 5001, 6):  # the last in a form of its own
         if tokens == 5000:
@@ -148,6 +201,13 @@ def multicast_uninvited() -> str:
         stand_in.library.confidential_computing = lambda: stand_in.multicast
 
 
+def wrong_form(code: int, name: str, one_shot: bool) -> tuple[list[bool], dict[str, str]]:
+    """A kernel that is wrong in one of its forms: whether one-shot and two-shot calls are fused, and what is said."""
+    fresh()
+    stand_in.wrong.add((code, one_shot))
+    return [bool(calls_of(name, 6, two_shot=two_shot)) for two_shot in (False, True)], fell_back()
+
+
 def wrong_kernel(code: int, name: str) -> tuple[float, str, float]:
     """A kernel that is wrong on this machine: the result, the reason, and another kernel's result."""
     fresh()
@@ -162,7 +222,7 @@ def wrong_kernel(code: int, name: str) -> tuple[float, str, float]:
 
 def growth(sizes: list[tuple[int, int]], captured_at: int | None = None) -> list[tuple[int, int]]:
     """Workspaces that hold memory, and their capacity, after each call of (tokens, hidden)."""
-    fresh(one_shot=1 << 30, most=1 << 30)
+    fresh()
     found = []
     for index, (tokens, hidden) in enumerate(sizes):
         if index == captured_at:
@@ -234,7 +294,7 @@ def disagreeing() -> str:
     fresh()
     creation.ARRIVAL, creation.STEP = 30.0, 30.0
     kernel, x = BY_NAME["all_reduce"], torch.ones(4 + (1 << 13) * dist.get_rank(), 256)
-    assert WORKSPACES.ready(kernel, x, dist.group.WORLD.group_name, None, False, False) is None
+    assert WORKSPACES.ready(kernel, x, dist.group.WORLD.group_name, None, False, False, False) is None
     (status,) = WORKSPACES.status()
     return status.state
 
@@ -249,7 +309,7 @@ def late(rank: int) -> str:
         dist.barrier()  # until the others have given up
         return "late"
     try:
-        assert WORKSPACES.ready(kernel, x, dist.group.WORLD.group_name, None, False, False) is None
+        assert WORKSPACES.ready(kernel, x, dist.group.WORLD.group_name, None, False, False, False) is None
         (status,) = WORKSPACES.status()
         return status.state
     finally:
@@ -261,7 +321,8 @@ def fp4_check() -> str:
     fresh()
     group = dist.group.WORLD.group_name
     run("all_reduce")
-    ready = WORKSPACES.ready(BY_NAME["all_reduce"], torch.ones(4, 256, dtype=torch.bfloat16), group, None, False, False)
+    x = torch.ones(4, 256, dtype=torch.bfloat16)
+    ready = WORKSPACES.ready(BY_NAME["all_reduce"], x, group, None, False, False, False)
     assert ready is not None
     kernel = BY_NAME["all_reduce_add_rms_norm_nvfp4"]
     problem = self_check(kernel, ready, 5, 256, torch.bfloat16, torch.device("cpu"), group, pdl=False)

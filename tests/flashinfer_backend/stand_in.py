@@ -21,8 +21,8 @@ from fusion_flashinfer.ops import NAMESPACE, _runner
 
 fails_to_create: set[int] = set()
 """Ranks whose next workspace raises, as with too little memory."""
-wrong: set[int] = set()
-"""Codes of patterns that give wrong numbers."""
+wrong: set[int | tuple[int, bool]] = set()
+"""Codes of patterns that give wrong numbers, in both forms, or with whether it is the one-shot form alone."""
 alive: list[TRTLLMAllReduceFusionWorkspace] = []
 """Workspaces that hold memory: as in FlashInfer, until they are destroyed *and* taken out of its table."""
 calls: list[SimpleNamespace] = []
@@ -155,7 +155,7 @@ def allreduce_fusion(
     for part in parts:
         total = total + part.float() if fp32_acc else (total.to(input.dtype) + part).float()
     total = total.to(input.dtype)
-    if pattern in wrong:
+    if pattern in wrong or (pattern, use_oneshot) in wrong:
         total = total * 1.0607
     if pattern == 0:
         assert output is not None

@@ -1,8 +1,9 @@
 """From torch.compile to FlashInfer's call and back, with a stand-in for the GPU's kernels alone."""
 
+from dataclasses import replace
+
 import pytest
 
-from fusion_core import FusionConfig
 from fusion_core.workers import WorkerPool
 from fusion_flashinfer.kernels import KERNELS
 from tests.flashinfer_backend import graphs
@@ -22,22 +23,22 @@ def two(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ON_AN_H100)
-def test_a_site_of_every_pattern_is_fused_by_its_kernel(two, name):
+@pytest.mark.parametrize("form", ["", "_two_shot"])
+def test_a_site_of_every_pattern_is_fused_by_its_kernel(two, name, form):
     """With `_out`, the norm and its quantisation are live, as where an indexer reads the one and experts the other."""
-    for strategies, calls, pdl, distance in two.run(graphs.one, name):
-        assert strategies == [f"flashinfer.{name}"]
-        assert calls == 1
-        assert not pdl
+    for strategies, calls, distance in two.run(graphs.one, name, two_shot=bool(form)):
+        assert strategies == [f"flashinfer.{name}{form}"]
+        assert calls == [(not form, False)]
         assert distance <= 1
 
 
 @pytest.mark.parametrize("name", ["all_reduce", "all_reduce_add_rms_norm", "all_reduce_rms_norm_static_fp8_out"])
-def test_with_the_option_pdl_kernels_are_launched_with_it(two, name):
-    config = FusionConfig(order=("flashinfer",), options=("flashinfer.pdl",))
-    for strategies, calls, pdl, distance in two.run(graphs.one, name, config):
-        assert strategies == [f"flashinfer.{name}_pdl"]
-        assert calls == 1
-        assert pdl
+@pytest.mark.parametrize("form", ["", "_two_shot"])
+def test_with_the_option_pdl_kernels_are_launched_with_it(two, name, form):
+    config = replace(graphs.CONFIG, options=("flashinfer.pdl",))
+    for strategies, calls, distance in two.run(graphs.one, name, config, bool(form)):
+        assert strategies == [f"flashinfer.{name}{form}_pdl"]
+        assert calls == [(not form, True)]
         assert distance <= 1
 
 
@@ -49,10 +50,22 @@ def test_a_model_is_fused_all_through(two):
 
 
 def test_one_graph_for_any_number_of_tokens_chooses_when_it_runs(two):
-    sizes = [40, 8, 3, 9, 16, 17, 2, 64]
-    expected = [None, {True}, {True}, {False}, {False}, None, {True}, None]
-    for strategies, ran, distance, compiled in two.run(graphs.crossing, sizes, one_shot=8, most=16):
+    one_shot = {40: None, 8: True, 3: True, 9: False, 16: False, 17: None, 2: True, 64: None}
+    expected = [[] if form is None else [(tokens, form)] * 3 for tokens, form in one_shot.items()]
+    for strategies, ran, distance, compiled in two.run(graphs.crossing, list(one_shot), one_shot=8, most=16):
         assert strategies == MODEL
+        assert ran == expected
+        assert distance < NEAR
+        assert compiled == 1
+
+
+@pytest.mark.parametrize("two_shot", [False, True])
+def test_one_form_alone_takes_any_number_of_tokens(two, two_shot):
+    """In parts where one launch does not take all; two-shot only where there are more of them than ranks."""
+    parts = {2: [] if two_shot else [2], 3: [3], 16: [16], 17: [9, 8], 2 * 16 + 1: [11, 11, 11]}
+    expected = [[(part, not two_shot) for part in each] * 3 for each in parts.values()]
+    for strategies, ran, distance, compiled in two.run(graphs.forced, list(parts), most=16, two_shot=two_shot):
+        assert strategies == [f"{name}_two_shot" if two_shot else name for name in MODEL]
         assert ran == expected
         assert distance < NEAR
         assert compiled == 1
@@ -61,9 +74,7 @@ def test_one_graph_for_any_number_of_tokens_chooses_when_it_runs(two):
 def test_a_fixed_size_above_the_limit_is_left_unfused(two):
     for strategies, report in two.run(graphs.refused, 1025, 1024):
         assert strategies == [None]
-        assert (
-            "x has 1 MiB on 2 ranks of cuda (sm_90), needs at most 1 MiB, where it was measured to be faster" in report
-        )
+        assert "x has 1 MiB on 2 ranks of cuda (sm_90), needs over 0 up to 1 MiB, as said; fusion-core tune" in report
 
 
 def test_max_tokens_reaches_the_operator(two):

@@ -1,6 +1,7 @@
 """What FlashInfer's strategies accept and refuse, by the reasons' words; no GPU and no FlashInfer is needed."""
 
 import importlib.metadata
+import math
 import sys
 from dataclasses import replace
 from importlib.machinery import PathFinder
@@ -8,14 +9,14 @@ from importlib.machinery import PathFinder
 import pytest
 import torch
 
-from fusion_core import Device, FixedTokens
+from fusion_core import Device, FixedTokens, FusionConfig, KnownFaster
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.testing import example_site
 from fusion_core.testing.sites import resized, with_outputs
-from fusion_flashinfer import availability, limits, strategies
+from fusion_flashinfer import availability, strategies
 from fusion_flashinfer.kernels import KERNELS
-from fusion_flashinfer.limits import LIMITS, MIB
-from fusion_flashinfer.requirements import KernelPresent, Measured, MulticastAllowed
+from fusion_flashinfer.limits import LIMITS, MIB, MOST, ONE_SHOT, TWO_SHOT
+from fusion_flashinfer.requirements import KernelPresent, MoreRowsThanRanks, MulticastAllowed
 from fusion_flashinfer.strategies import STRATEGIES
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -26,7 +27,11 @@ PLAIN = [strategy for strategy in STRATEGIES if strategy.option is None]
 
 
 def kernel_of(strategy):
-    return KERNEL[strategy.name.removesuffix("_pdl").removesuffix("_mnnvl")]
+    return KERNEL[strategy.name.removesuffix("_pdl").removesuffix("_mnnvl").removesuffix("_two_shot")]
+
+
+def is_two_shot(strategy):
+    return "_two_shot" in strategy.name
 
 
 def site_of(strategy, device=None):
@@ -81,6 +86,10 @@ def test_every_strategy_has_a_site_that_it_can_and_should_run(strategy):
         )
     site = site_of(strategy)
     assert said(strategy, site) == []
+    if is_two_shot(strategy):
+        ranks, above = next((ranks, above) for arch, ranks, above, _ in TWO_SHOT if arch == site.device.arch)
+        site = replace(sized(site, above // 512 + 1, 256), world_size=ranks)
+        assert said(strategy, site) == []
     assert strategy.should_not(site) == ()
 
 
@@ -88,6 +97,37 @@ def test_there_is_a_kernel_for_every_pattern_but_mxfp4():
     assert {s.pattern for s in STRATEGIES} == {name for name in PATTERNS if "mxfp4" not in name}
     assert {s.option for s in STRATEGIES} == {None, "pdl", "mnnvl"}
     assert not [s.name for s in STRATEGIES if "group_fp8" in s.name and s.option == "mnnvl"]
+
+
+def test_every_kernel_has_a_strategy_for_each_form():
+    names = [s.name for s in STRATEGIES]
+    assert len(set(names)) == len(names)
+    for kernel in KERNELS:
+        forms = ["", "_two_shot", "_pdl", "_two_shot_pdl"] + ["_mnnvl"] * (kernel.quantization != "group_fp8")
+        expected = {f"flashinfer.{kernel.name}{form}" for form in forms}
+        assert {s.name for s in STRATEGIES if kernel_of(s) is kernel} == expected
+
+
+def test_what_is_preferred():
+    """What the user asked for before what he did not, one-shot before two-shot, without the norm before with it."""
+    for pattern in {strategy.pattern for strategy in STRATEGIES}:
+        ranks = {strategy.name: strategy.rank for strategy in STRATEGIES if strategy.pattern == pattern}
+        assert len(set(ranks.values())) == len(ranks)
+        for name, rank in ranks.items():
+            plain = name.removesuffix("_pdl").removesuffix("_mnnvl")
+            assert (rank > ranks[plain]) == (name != plain)
+            if "_two_shot" in name:
+                assert rank < ranks[name.replace("_two_shot", "")]
+            if "_out" in name:
+                assert rank < ranks[name.replace("_out", "")]
+
+
+def test_the_one_shot_sum_alone_is_batch_invariant():
+    """With a norm the kernels share a row between more or fewer blocks as there are fewer or more rows."""
+    assert [s.name for s in STRATEGIES if s.batch_invariant] == ["flashinfer.all_reduce"]
+    (strategy,) = [s for s in STRATEGIES if s.batch_invariant]
+    config = FusionConfig(numerics="deterministic", max_tokens=8)
+    assert strategy.settings(PATTERNS["all_reduce"], config) == {"max_tokens": 8, "numerics": "deterministic"}
 
 
 ACCEPTED = {
@@ -100,6 +140,7 @@ ACCEPTED = {
     "hidden 65536, the largest": lambda site: sized(site, 4, 65536),
     "four ranks": lambda site: replace(site, world_size=4),
     "eight ranks": lambda site: replace(site, world_size=8),
+    "more rows than eight ranks": lambda site: replace(sized(site, 3, 3, 256), world_size=8),
     "another rounding of the norm that only the quantisation reads": lambda site: (
         given(site, norm_dtype=FP32) if "quantized" in site.outputs and "normed" not in site.outputs else site
     ),
@@ -120,7 +161,10 @@ ACCEPTED = {
 @pytest.mark.parametrize("change", ACCEPTED.values(), ids=ACCEPTED)
 @pytest.mark.parametrize("strategy", PLAIN, ids=lambda s: s.name)
 def test_accepted(strategy, change):
-    assert said(strategy, change(site_of(strategy))) == []
+    site = change(site_of(strategy))
+    rows, ranks = math.prod(site.inputs["x"].shape[:-1]), site.world_size
+    too_few = is_two_shot(strategy) and 0 < rows <= ranks
+    assert said(strategy, site) == ([f"x has {rows} rows, needs more than the {ranks} ranks"] if too_few else [])
 
 
 @pytest.mark.parametrize("hidden", [64, 2880])
@@ -178,6 +222,9 @@ def gives_no_norm(kernel):
 
 HALF = "bfloat16 or float16"
 REFUSED = [
+    (lambda k: not k.in_parts, lambda s: sized(s, MOST // 512 + 128, 256), "x has 64.06 MiB, needs at most 64 MiB",
+     "scales with a layout of the whole"),
+    (lambda k: not k.in_parts, lambda s: sized(s, 2 * MOST // 512, 256), "x has 128 MiB, needs at most 64 MiB", ""),
     (everywhere, lambda s: typed(s, FP64), "x is float64, needs bfloat16", "T6: the kernels know three dtypes"),
     (quantises, lambda s: typed(s, FP32), f"x is float32, needs {HALF}", "no FP8 or FP4 kernel takes float32"),
     (norms, lambda s: typed(s, FP32, "weight"), "weight is float32, needs bfloat16, the dtype of x", "T4"),
@@ -228,10 +275,23 @@ def test_refused(applies, change, words, why):
         assert any(each.startswith(words) for each in found), strategy.name
 
 
-def test_the_pdl_strategies_require_the_same():
+def test_more_than_one_launch_takes():
+    assert {kernel.quantization for kernel in KERNELS if not kernel.in_parts} == {"group_fp8", "nvfp4"}
+    for strategy in PLAIN:
+        assert said(strategy, sized(site_of(strategy), MOST // 512, 256)) == []
+        words = said(strategy, sized(site_of(strategy), 4 * MOST // 512, 256))
+        assert words == ([] if kernel_of(strategy).in_parts else ["x has 256 MiB, needs at most 64 MiB"])
+
+
+def test_the_two_forms_and_pdl_require_the_same():
     by_name = {s.name: s for s in STRATEGIES}
     for strategy in PLAIN:
         assert by_name[f"{strategy.name}_pdl"].requires == strategy.requires
+        one_shot = by_name[strategy.name.removesuffix("_two_shot")]
+        assert [each for each in strategy.requires if each not in one_shot.requires] == (
+            [MoreRowsThanRanks("x")] if is_two_shot(strategy) else []
+        )
+        assert [each for each in one_shot.requires if each not in strategy.requires] == []
 
 
 def test_nvfp4_rows_are_whole_blocks_of_16():
@@ -290,46 +350,69 @@ def test_what_nobody_ran_on_hardware_is_marked():
 # ---- what was measured
 
 
-def measured(device, ranks, shape, dtype=BF16):
-    site = replace(site_of(PLAIN[0]), device=device, world_size=ranks)
+def measured(device, ranks, shape, dtype=BF16, form=""):
+    """Why one form of the bare all_reduce is not known to be faster; None where it is."""
+    (strategy,) = [s for s in STRATEGIES if s.name == f"flashinfer.all_reduce{form}"]
+    site = replace(site_of(strategy), device=device, world_size=ranks)
     x = replace(site.inputs["x"], shape=shape, dtype=dtype, stride=None)
-    reason = Measured("x").unmet(replace(site, inputs={"x": x}))
-    return None if reason is None else str(reason)
+    reasons = [str(reason) for reason in strategy.should_not(replace(site, inputs={"x": x}))]
+    return "; ".join(reasons) or None
 
 
-def test_what_nobody_measured_is_not_used():
-    words = measured(Device("cuda", "sm_120"), 2, (4, 256))
-    assert words.startswith("nobody has measured 2 ranks of cuda (sm_120), needs 2 ranks of sm_90 or ")
-    assert measured(H100, 16, (4, 256)).startswith("nobody has measured 16 ranks of cuda (sm_90)")
+def test_every_strategy_says_where_its_form_was_measured():
+    for strategy in STRATEGIES:
+        sizes = TWO_SHOT if is_two_shot(strategy) else ONE_SHOT
+        assert strategy.worthwhile == (KnownFaster("x", sizes, "where it was measured to be faster"),)
+
+
+@pytest.mark.parametrize("form", ["", "_two_shot", "_pdl", "_mnnvl"])
+def test_what_nobody_measured_is_not_used(form):
+    words = measured(Device("cuda", "sm_120"), 2, (4, 256), form=form)
+    assert words == (
+        "nobody has measured it to be faster on 2 ranks of cuda (sm_120), needs a measurement; fusion-core tune "
+        "measures it on this machine"
+    )
+    words = measured(H100, 16, (4, 256), form=form)
+    assert words.startswith("nobody has measured it to be faster on 16 ranks of cuda (sm_90)")
 
 
 @pytest.mark.parametrize(("arch", "ranks"), LIMITS)
 def test_the_largest_size_is_the_last(arch, ranks):
     limit = LIMITS[arch, ranks]
     device = Device("cuda", arch)
-    assert limit.one_shot <= limit.most
-    rows = limit.most // (4096 * 2)
-    assert measured(device, ranks, (rows, 4096)) is None
-    assert measured(device, ranks, (rows + 1, 4096)) == (
-        f"x has {(limit.most + 8192) / MIB:.3g} MiB on {ranks} ranks of cuda ({arch}), needs at most {limit.most / MIB:g} "
-        "MiB, where it was measured to be faster"
-    )
-    assert measured(device, ranks, (rows // 2 + 1, 4096), FP32) is not None
-    assert measured(device, ranks, (0, 4096)) is None
+    assert limit.one_shot <= limit.most <= MOST
+    ends = [("", 0, limit.one_shot)] + [("_two_shot", limit.one_shot, limit.most)] * (limit.one_shot < limit.most)
+    for form, above, to in ends:
+        first, last = above // 8192 + 1, to // 8192
+        assert measured(device, ranks, (first, 4096), form=form) is None
+        assert measured(device, ranks, (last, 4096), form=form) is None
+        words = (
+            f" on {ranks} ranks of cuda ({arch}), needs over {above / MIB:g} up to {to / MIB:g} MiB, where it was "
+            "measured to be faster; fusion-core tune measures it on this machine"
+        )
+        too_large = f"x has {(to + 8192) / MIB:.3g} MiB"
+        assert measured(device, ranks, (last + 1, 4096), form=form) == too_large + words
+        assert (
+            measured(device, ranks, (last // 2 + 1, 4096), FP32, form) == f"x has {(to + 16384) / MIB:.3g} MiB" + words
+        )
+        none = measured(device, ranks, (0, 4096), form=form)
+        assert none == (f"x has 0 MiB{words}" if above else None)
 
 
-def test_two_shot_takes_more_rows_than_ranks():
-    """FlashInfer asserts it; between the two limits fewer rows are refused."""
-    limit = LIMITS["sm_90", 4]
-    wide = limit.one_shot // 8 + 8
-    assert measured(H100, 4, (4, wide)) is not None
-    assert measured(H100, 4, (5, wide)) is None
+def test_where_one_form_ends_the_other_begins():
+    one, two = ({entry[:2]: entry[2:] for entry in sizes} for sizes in (ONE_SHOT, TWO_SHOT))
+    assert one.keys() == LIMITS.keys()
+    assert two.keys() == {place for place, limit in LIMITS.items() if limit.one_shot < limit.most}
+    for place, (above, to) in two.items():
+        assert one[place] == (0, above)
+        assert to == LIMITS[place].most
 
 
 def test_no_workspace_can_overflow_an_int():
-    """B4: ``clear_offset * comm_size`` of the kernels; a workspace holds up to twice the largest input."""
-    assert max(2 * ranks * limit.most for (_, ranks), limit in LIMITS.items()) < 2**30
-    assert 2 * max(strategies.WORLD_SIZES) * limits.UNMEASURED.most < 2**30
+    """B4: ``clear_offset * comm_size`` of the kernels. A workspace grows to the next power of two, in whole rows."""
+    assert MOST & (MOST - 1) == 0
+    widest_row = 65536 * 2
+    assert max(strategies.WORLD_SIZES) * (MOST + widest_row) < 2**30
 
 
 def symbolic(rows, hidden, which=0):
@@ -356,15 +439,12 @@ def symbolic(rows, hidden, which=0):
 def test_a_run_time_number_of_rows_is_accepted_and_guards_nothing(rows):
     for strategy in PLAIN:
         env, x = symbolic(rows, 256)
-        site = site_of(strategy)
+        # two-shot was nowhere faster on two
+        site = replace(site_of(strategy), world_size=4)
         inputs = {n: x if n in ("x", "residual") else meta for n, meta in site.inputs.items()}
         site = replace(site, inputs=inputs)
         assert said(strategy, site) == []
-        reasons = [str(each) for each in strategy.should_not(site)]
-        kernel = kernel_of(strategy)
-        one_kernel_unfused = not quantises(kernel) or (kernel.quantization == "static_fp8" and not kernel.norm_out)
-        assert bool(reasons) != one_kernel_unfused
-        assert all(each.startswith("x has the run-time size s") for each in reasons)
+        assert strategy.should_not(site) == (), "the choice is made when it runs"
         assert env.guards == [], "a guard would compile the graph again for other token counts"
 
 

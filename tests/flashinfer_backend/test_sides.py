@@ -13,9 +13,10 @@ from fusion_flashinfer import requirements
 from fusion_flashinfer.requirements import (
     Capability,
     KernelPresent,
-    Measured,
+    MoreRowsThanRanks,
     MulticastAllowed,
     OneCluster,
+    OneLaunch,
 )
 from tests.support.graphs import plugin
 from tests.testing.test_requirement_mutations import caught, changed, mutants
@@ -23,7 +24,8 @@ from tests.testing.test_requirement_mutations import caught, changed, mutants
 REQUIREMENTS = [
     Capability(10),
     OneCluster("x"),
-    Measured("x"),
+    OneLaunch("x"),
+    MoreRowsThanRanks("x"),
 ]
 OF_THE_MACHINE = [
     KernelPresent("kAllReduce", 0, 0),
@@ -78,7 +80,7 @@ def test_a_requirement_with_one_operator_or_number_changed_is_caught(kind, chang
 def test_every_strategy_passes_what_needs_no_device(options, monkeypatch):
     monkeypatch.setenv("FUSION_CORE_OPTIONS", options)
     found = subjects("flashinfer")
-    assert len(found) == (53 if options else 19)
+    assert len(found) == (91 if options else 38)
     for each in found:
         for check in CHECKS:
             if not check.needs_device and check.name != "declares_what_the_definition_gives":

@@ -19,14 +19,16 @@ def four():
         yield pool
 
 
-def test_every_kernel_gives_what_its_pattern_means(two):
+@pytest.mark.parametrize("two_shot", [False, True])
+def test_every_kernel_gives_what_its_pattern_means(two, two_shot):
     rows = [(1, 64), (3, 256), (5, 2880), (130, 512)]
-    for off in two.run(jobs.all_kernels, rows, [torch.bfloat16, torch.float16, torch.float32]):
+    for off in two.run(jobs.all_kernels, rows, [torch.bfloat16, torch.float16, torch.float32], two_shot):
         assert off == []
 
 
-def test_a_release_whose_inner_function_moved_is_called_by_its_public_one(two):
-    for off in two.run(jobs.all_kernels, [(3, 256)], [torch.bfloat16], moved=True):
+@pytest.mark.parametrize("two_shot", [False, True])
+def test_a_release_whose_inner_function_moved_is_called_by_its_public_one(two, two_shot):
+    for off in two.run(jobs.all_kernels, [(2, 256), (3, 256)], [torch.bfloat16], two_shot, moved=True):
         assert off == []
 
 
@@ -40,25 +42,89 @@ def test_no_rows_give_no_rows_and_call_nothing(two):
         assert all(0 in shape for shape in shapes)
 
 
-def test_the_kernel_follows_the_size(two, four):
-    row = 256 * 2
-    sizes = [1, 2, 3, 8, 9, 16, 17]
-    expected = [True, True, True, True, False, False, None]
-    assert two.run(jobs.shots, sizes, one_shot=8 * row, most=16 * row) == [expected] * 2
-    # the two-shot kernel needs more tokens than ranks
-    assert four.run(jobs.shots, [1, 2, 4, 5], one_shot=row, most=16 * row) == [[True, None, None, False]] * 4
+def test_two_shot_runs_one_shot_with_no_more_tokens_than_ranks(two, four):
+    """FlashInfer's two-shot kernel asserts more."""
+    sizes = [1, 2, 3, 4, 5, 100]
+    assert two.run(jobs.shots, sizes, two_shot=False) == [[[True]] * 6] * 2
+    assert two.run(jobs.shots, sizes, two_shot=True) == [[[True]] * 2 + [[False]] * 4] * 2
+    assert four.run(jobs.shots, sizes, two_shot=True) == [[[True]] * 4 + [[False]] * 2] * 4
+
+
+@pytest.mark.parametrize("two_shot", [False, True])
+def test_more_rows_than_one_launch_takes_go_in_parts_of_one_size(two, two_shot):
+    launches = {15: [15], 16: [16], 17: [9, 8], 32: [16, 16], 33: [11, 11, 11], 50: [13, 13, 13, 11]}
+    for found in two.run(jobs.parts, 16, list(launches), two_shot=two_shot):
+        assert len(found) == 15
+        for name, calls in found.items():
+            if "group_fp8" in name:  # packed scales have a layout of the whole
+                assert calls == [each if len(each) == 1 else [] for each in launches.values()], name
+            else:
+                assert calls == list(launches.values()), name
+
+
+@pytest.mark.parametrize("name", ["all_reduce", "all_reduce_add_rms_norm", "all_reduce_add_rms_norm_token_fp8_out"])
+def test_parts_have_the_rows_of_all_leading_dimensions(two, name):
+    for distance, calls in two.run(jobs.parts_with_leading_dimensions, name):
+        assert distance <= 1
+        assert calls == [(3, False)] * 3
+
+
+def test_a_part_may_be_too_small_for_two_shot(four):
+    for distance, calls in four.run(jobs.parts_with_leading_dimensions, "all_reduce_add_rms_norm_static_fp8"):
+        assert distance <= 1
+        assert calls == [(3, True)] * 3
+
+
+def test_a_part_that_cannot_be_fused_sends_all_to_the_unfused_path(two):
+    for calls, distance, reasons in two.run(jobs.a_part_that_is_wrong):
+        assert calls == [(4, False)] * 2
+        assert distance <= 1
+        assert "times as far from float64" in "".join(reasons.values())
+
+
+def test_more_rows_than_max_tokens_run_unfused_but_where_they_never_may(two):
+    sizes = [7, 8, 9, 17, 40]
+    in_parts = [[7], [8], [5, 4], [6, 6, 5], [8] * 5]
+    for always, expected in ((False, [[7], [8], [], [], []]), (True, in_parts)):
+        for found in two.run(jobs.parts, 1000, sizes, max_tokens=8, always=always):
+            assert found.pop("all_reduce_add_rms_norm_group_fp8") == [[7], [8], [], [], []]
+            assert found["all_reduce"] == found["all_reduce_add_rms_norm_token_fp8"] == expected
+    # neither bound is passed
+    for found in two.run(jobs.parts, 6, [12, 13], max_tokens=8, always=True):
+        assert found["all_reduce"] == [[6, 6], [5, 5, 3]]
+
+
+def test_deterministic_numerics_never_run_the_sum_unfused(two):
+    sizes = [3, 8, 9, 20]
+    for found, elements in two.run(jobs.deterministic, 8, sizes, "deterministic"):
+        assert found == [[3], [8], [5, 4], [7, 7, 6]]
+        assert elements == 8 * 256
+    for found, _ in two.run(jobs.deterministic, 8, sizes, "default"):
+        assert found == [[3], [8], [], []]
 
 
 def test_what_differs_between_ranks_is_copied_and_decides_nothing(two):
     assert two.run(jobs.odd_memory) == [[0.0, 0.0]] * 2
 
 
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ({}, "all_reduce_add_rms_norm"),
+        ({"two_shot": True}, "all_reduce_add_rms_norm_two_shot"),
+        ({"pdl": True}, "all_reduce_add_rms_norm_pdl"),
+        ({"two_shot": True, "pdl": True}, "all_reduce_add_rms_norm_two_shot_pdl"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_rank_without_a_workspace_sends_all_to_the_unfused_path(two, rank):
-    outcomes = two.run(jobs.one_rank_fails, rank)
-    assert len({reason for _, reason, _, _ in outcomes}) == 1
-    for distance, reason, state, left in outcomes:
+def test_one_rank_without_a_workspace_sends_all_to_the_unfused_path(two, rank, where, name):
+    outcomes = two.run(jobs.one_rank_fails, rank, **where)
+    assert len({str(reasons) for _, reasons, _, _ in outcomes}) == 1
+    for distance, reasons, state, left in outcomes:
         assert distance <= 1
+        assert list(reasons) == [f"flashinfer.{name}"]
+        (reason,) = reasons.values()
         assert reason.startswith(f"rank {rank}: making a workspace raised RuntimeError: cuMemCreate: out of memory")
         assert state == reason
         assert left == 0, "the rank that had made one gave it back"
@@ -87,6 +153,16 @@ def test_a_kernel_that_is_wrong_here_is_found_and_left_alone(two, code, name):
         assert distance <= 1, "the model got the unfused result"
         assert "times as far from float64" in state
         assert other <= 1, "the other kernels go on"
+
+
+@pytest.mark.parametrize("one_shot", [False, True])
+@pytest.mark.parametrize(("code", "name"), [(0, "all_reduce"), (8, "all_reduce_rms_norm_group_fp8")])
+def test_each_form_is_checked_by_itself(two, code, name, one_shot):
+    wrong = f"flashinfer.{name}" + ("" if one_shot else "_two_shot")
+    for fused, reasons in two.run(jobs.wrong_form, code, name, one_shot):
+        assert fused == [not one_shot, one_shot]
+        assert list(reasons) == [wrong]
+        assert "times as far from float64" in reasons[wrong]
 
 
 def test_a_kernel_that_writes_nothing_is_found(two):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,26 +14,25 @@ from torch.distributed._functional_collectives import all_reduce
 
 import fusion_core
 import fusion_flashinfer
+from fusion_core import Device, FusionConfig
 from fusion_core.run_time import fallen_back
-from fusion_flashinfer import limits, workspaces
 from fusion_flashinfer.kernels import KERNELS
 from fusion_flashinfer.workspaces import WORKSPACES
+from tests.flashinfer_backend.forms import faster
 from tests.flashinfer_backend.one_call import BY_NAME, inputs, run
+from tests.gpu import llama
 
 ADD = "all_reduce_add_rms_norm"
 MIB = 1 << 20
-PATHS = {
-    "one-shot": limits.Limit(64 * MIB, 64 * MIB),
-    "two-shot": limits.Limit(0, 64 * MIB),
-    "unfused": limits.Limit(0, 0),
-}
+ALONE = FusionConfig(order=("flashinfer",), table="none")
+"""FlashInfer's strategies by what they declare, whatever was measured of others."""
+PATHS: dict[str, dict[str, Any]] = {"one-shot": {}, "two-shot": {"two_shot": True}, "unfused": {"max_tokens": 0}}
+"""What operators take, behind the group, to run one way whatever the size."""
 
 
-def take(path: str | None) -> None:
-    """Have every call take one path, whatever its size; None for what the table says."""
+def anew() -> None:
+    """Forget the workspaces of earlier tests."""
     WORKSPACES.groups.release()
-    found = PATHS.get(path or "")
-    workspaces.limit = limits.limit if found is None else lambda arch, world_size: found  # type: ignore[assignment]
 
 
 def world() -> str:
@@ -44,9 +45,9 @@ def failures() -> list[str]:
     return [f"{each.subject}: {each.state}" for each in WORKSPACES.status() if each.state != "in use"]
 
 
-def grid(path: str | None, tokens: list[int], hidden: list[int], pdl: bool = False) -> tuple[int, list[str]]:
+def grid(path: str, tokens: list[int], hidden: list[int], pdl: bool = False) -> tuple[int, list[str]]:
     """Every kernel that a Hopper GPU has, at every size: how many calls, and which are off."""
-    take(path)
+    anew()
     calls, off = 0, []
     for kernel in KERNELS:
         if kernel.quantization == "nvfp4":
@@ -58,13 +59,31 @@ def grid(path: str | None, tokens: list[int], hidden: list[int], pdl: bool = Fal
                     continue
                 for rows in tokens:
                     bias = float(calls % 2)
-                    distance = run(kernel.name, rows, n, dtype, bias=bias, pdl=pdl)
+                    distance = run(kernel.name, rows, n, dtype, bias=bias, pdl=pdl, **PATHS[path])
                     calls += 1
                     if not distance <= 1:
                         off.append(f"{kernel.name} {rows}x{n} {dtype} bias {bias}: {distance}")
-    off += failures()
-    take(None)
-    return calls, off
+    return calls, off + failures()
+
+
+def in_parts(tokens: int, hidden: int) -> list[str]:
+    """Every kernel on more rows than one launch takes: which are off."""
+    anew()
+    names = [kernel.name for kernel in KERNELS if kernel.quantization != "nvfp4"]
+    paths = [(name, two_shot) for name in names for two_shot in (False, True)]
+    distances = {path: run(path[0], tokens, hidden, two_shot=path[1]) for path in paths}
+    return [f"{path}: {distance}" for path, distance in distances.items() if not distance <= 1] + failures()
+
+
+def other_bits_in_another_batch(tokens: list[int], hidden: int) -> list[int]:
+    """Numbers of rows whose one-shot sum has other bits than among the most of them."""
+    anew()
+    most = max(tokens)
+    x = inputs(BY_NAME["all_reduce"], most, hidden, torch.bfloat16, 0.0, dist.get_rank())["x"]
+    whole = torch.ops.fusion_flashinfer.all_reduce(x, world(), always=True)
+    sums = {n: torch.ops.fusion_flashinfer.all_reduce(x[most - n :], world(), 100, always=True) for n in tokens}
+    assert failures() == []
+    return [n for n, found in sums.items() if not torch.equal(found, whole[most - n :])]
 
 
 def given(tokens: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,33 +92,35 @@ def given(tokens: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
     return found["x"], found["residual"], found["weight"]
 
 
-def chain(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def chain(x: Tensor, residual: Tensor, weight: Tensor, path: str = "one-shot") -> tuple[Tensor, Tensor]:
     """Three sites in a row, the third without a residual of its own."""
-    operators = torch.ops.fusion_flashinfer
+    operators, where = torch.ops.fusion_flashinfer, PATHS[path]
     for _ in range(2):
-        x, residual = operators.all_reduce_add_rms_norm(x, residual, weight, 1e-5, 0.0, world())
-    x, reduced = operators.all_reduce_rms_norm(x, weight, 1e-5, 0.0, world())
+        x, residual = operators.all_reduce_add_rms_norm(x, residual, weight, 1e-5, 0.0, world(), **where)
+    x, reduced = operators.all_reduce_rms_norm(x, weight, 1e-5, 0.0, world(), **where)
     return x, residual + reduced
 
 
-def captured(arguments: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
+def captured(
+    arguments: tuple[Tensor, Tensor, Tensor], path: str = "one-shot"
+) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
     """`chain` as a CUDA graph, warmed up first as one must."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        chain(*arguments)
+        chain(*arguments, path)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = chain(*arguments)
+        results = chain(*arguments, path)
     return graph, results
 
 
-def replays(count: int, tokens: int, hidden: int, path: str | None) -> int:
+def replays(count: int, tokens: int, hidden: int, path: str) -> int:
     """Replays of a captured chain, its inputs changing, whose results are not bit for bit those of eager calls."""
-    take(path)
+    anew()
     arguments = given(tokens, hidden)
-    graph, results = captured(arguments)
+    graph, results = captured(arguments, path)
     wrong = torch.zeros((), device="cuda", dtype=torch.int64)
     generator = torch.Generator("cuda").manual_seed(dist.get_rank())
     for _ in range(count):
@@ -107,7 +128,7 @@ def replays(count: int, tokens: int, hidden: int, path: str | None) -> int:
         arguments[1].add_(0.125).remainder_(3.0)
         graph.replay()
         seen = [each.clone() for each in results]
-        for expected, found in zip(chain(*arguments), seen, strict=True):
+        for expected, found in zip(chain(*arguments, path), seen, strict=True):
             wrong += (expected != found).any()
     bad = int(wrong)
     del graph, results
@@ -116,7 +137,7 @@ def replays(count: int, tokens: int, hidden: int, path: str | None) -> int:
 
 def growth_under_a_graph() -> tuple[bool, int, int]:
     """A graph that holds a workspace stays right when a wider model makes a larger one beside it."""
-    take(None)
+    anew()
     arguments = given(8, 4096)
     graph, results = captured(arguments)
     graph.replay()
@@ -133,7 +154,7 @@ def growth_under_a_graph() -> tuple[bool, int, int]:
 
 def memory_returns() -> tuple[int, int, int]:
     """MiB that a workspace of a group takes, that are back when the group is gone, and that the status said."""
-    take(None)
+    anew()
     run("all_reduce", 4, 4096)  # the default group's own, and CUDA's context
     group = dist.new_group(list(range(dist.get_world_size())))
     assert group is not None
@@ -153,7 +174,7 @@ def memory_returns() -> tuple[int, int, int]:
 
 def groups_in_turn() -> float:
     """Calls on two groups of overlapping ranks, one after another."""
-    take(None)
+    anew()
     half = dist.get_world_size() // 2 or 1
     rank = dist.get_rank()
     sets = [list(range(dist.get_world_size()))] if half == 1 else [list(range(half)), list(range(half, 2 * half))]
@@ -167,7 +188,7 @@ def groups_in_turn() -> float:
 
 def streams_in_turn() -> int:
     """Calls on two streams without a word between them: results that differ from those of one stream."""
-    take(None)
+    anew()
     arguments = given(16, 4096)
     expected = chain(*arguments)
     torch.cuda.synchronize()
@@ -200,9 +221,11 @@ def poisoned() -> list[str]:
     for name in names:
         setattr(driver, name, poison(name))
     try:
-        calls, off = grid(None, [1, 300], [4096])
-        assert calls
-        return reached + off
+        for path in ("one-shot", "two-shot"):
+            calls, off = grid(path, [1, 300], [4096])
+            assert calls
+            reached += off
+        return reached
     finally:
         for name, function in kept.items():
             setattr(driver, name, function)
@@ -227,7 +250,7 @@ class Layers(nn.Module):
 
 def reduce_overhead(steps: int) -> tuple[list[str | None], float, float, float]:
     """A model under Inductor's own CUDA graphs: strategies, and the errors of fused and unfused, and the magnitude."""
-    take(None)
+    anew()
     torch._dynamo.reset()
     torch.manual_seed(dist.get_rank())
     with torch.device("cuda"):
@@ -239,7 +262,7 @@ def reduce_overhead(steps: int) -> tuple[list[str | None], float, float, float]:
     half = half.bfloat16()
     exact_model.load_state_dict({name: each.double() for name, each in half.state_dict().items()})
     common = torch.Generator("cuda").manual_seed(1)
-    fused = torch.compile(half, backend="fusion_core", mode="reduce-overhead", dynamic=False)
+    fused = fusion_core.compile(half, ALONE, mode="reduce-overhead", dynamic=False)
     plain = torch.compile(half, mode="reduce-overhead", dynamic=False)
     # eager is the definition: Inductor leaves roundings out that the model asks for, and a fused kernel does not
     errors, magnitude = {"fused": 0.0, "plain": 0.0, "eager": 0.0}, 0.0
@@ -263,29 +286,29 @@ def reduce_overhead(steps: int) -> tuple[list[str | None], float, float, float]:
     )
 
 
-def dynamic_crossing() -> tuple[list[str | None], list[float], int]:
-    """One graph for all token counts, on both sides of the limit: strategies, errors, graphs compiled."""
-    take("one-shot")
-    workspaces.limit = lambda arch, world_size: limits.Limit(64 * 4096 * 2, 256 * 4096 * 2)  # type: ignore[assignment]
+def dynamic_crossing() -> tuple[list[tuple[tuple[int, str | None], ...]], list[float], int]:
+    """One graph for all token counts, one-shot up to 64 and two-shot up to 256: choices, errors, graphs compiled."""
+    anew()
     torch._dynamo.reset()
     torch.manual_seed(dist.get_rank())
-    model = Layers(2, 4096).cuda().bfloat16()
-    compiled = torch.compile(model, backend="fusion_core", dynamic=True)
+    model, row = Layers(2, 4096).cuda().bfloat16(), 4096 * 2
     before, errors = len(fusion_core.reports()), []
-    with torch.no_grad():
+    with torch.no_grad(), faster(64 * row, 256 * row, Device.here().arch, dist.get_world_size()):
+        compiled = fusion_core.compile(model, ALONE, dynamic=True)
         for tokens in (2, 63, 64, 65, 255, 256, 257, 1000):
             common = torch.Generator("cuda").manual_seed(tokens)
             pair = [torch.randn(tokens, 4096, device="cuda", generator=common).bfloat16() for _ in range(2)]
             expected = model(*pair).float()
             errors.append(float((compiled(*pair).float() - expected).abs().max() / expected.abs().max()))
     reports = fusion_core.reports()[before:]
-    take(None)
-    return [site.strategy for report in reports for site in report.sites], errors, len(reports)
+    assert failures() == []
+    sites = [site for report in reports for site in report.sites]
+    return [tuple((each.first, each.strategy) for each in site.choices) for site in sites], errors, len(reports)
 
 
 def first_call_in_a_capture() -> tuple[float, list[str]]:
     """A graph whose capture is the first that the operator hears of the group: unfused, with the reason."""
-    take(None)
+    anew()
     x, _, weight = given(4, 4096)
     dist.all_reduce(torch.ones(1, device="cuda"))
     torch.cuda.synchronize()
@@ -298,3 +321,10 @@ def first_call_in_a_capture() -> tuple[float, list[str]]:
     error = float((reduced.float() - exact.float()).abs().max())
     del graph
     return error, [str(reason) for reason in fallen_back("flashinfer.all_reduce_rms_norm", world())]
+
+
+def llama_generates(steps: int) -> dict[str, Any]:
+    """`llama.generate` by FlashInfer's strategies alone."""
+    anew()
+    with mock.patch.dict(os.environ, {"FUSION_CORE_ORDER": "flashinfer", "FUSION_CORE_TABLE": "none"}):
+        return llama.generate(steps)

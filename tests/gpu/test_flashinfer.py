@@ -18,21 +18,35 @@ def ranks():
         yield pool
 
 
-@pytest.mark.parametrize("path", [None, "two-shot", "unfused"])
+@pytest.mark.parametrize("path", jobs.PATHS)
 def test_every_kernel_at_every_size(ranks, path):
-    tokens = [each for each in TOKENS if path != "two-shot" or each > ranks.world_size]
-    for calls, off in ranks.run(jobs.grid, path, tokens, HIDDEN):
+    for calls, off in ranks.run(jobs.grid, path, TOKENS, HIDDEN):
         assert off == []
         assert calls > 1000
 
 
-def test_every_kernel_with_programmatic_dependent_launch(ranks):
-    for calls, off in ranks.run(jobs.grid, None, [1, 17, 1000], [2880, 4096, 8192], True):
+@pytest.mark.parametrize("path", ["one-shot", "two-shot"])
+def test_every_kernel_with_programmatic_dependent_launch(ranks, path):
+    for calls, off in ranks.run(jobs.grid, path, [1, 17, 1000], [2880, 4096, 8192], True):
         assert off == []
         assert calls > 100
 
 
-@pytest.mark.parametrize(("tokens", "hidden", "path"), [(1, 8192, None), (33, 4096, "two-shot"), (17, 2880, None)])
+def test_more_rows_than_one_launch_takes(ranks):
+    """140 MiB of each rank's: in three launches, and unfused where scales are packed."""
+    for off in ranks.run(jobs.in_parts, 9000, 8192):
+        assert off == []
+
+
+def test_the_sum_of_a_row_has_the_same_bits_in_every_batch(ranks):
+    """Also in parts, of at most 100 rows."""
+    for found in ranks.run(jobs.other_bits_in_another_batch, [1, 2, 3, 5, 33, 128, 1000, 9000], 8192):
+        assert found == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "path"), [(1, 8192, "one-shot"), (33, 4096, "two-shot"), (17, 2880, "one-shot")]
+)
 def test_a_graph_replayed_a_thousand_times(ranks, tokens, hidden, path):
     assert ranks.run(jobs.replays, 1000, tokens, hidden, path) == [0] * ranks.world_size
 
@@ -76,14 +90,15 @@ def test_inductor_s_own_cuda_graphs(ranks):
 
 
 def test_one_graph_for_token_counts_on_both_sides_of_the_limit(ranks):
-    for strategies, errors, graphs in ranks.run(jobs.dynamic_crossing):
-        assert set(strategies) == {"flashinfer.all_reduce_add_rms_norm"}
+    name = "flashinfer.all_reduce_add_rms_norm"
+    for choices, errors, graphs in ranks.run(jobs.dynamic_crossing):
+        assert choices == [((1, name), (65, f"{name}_two_shot"), (257, None))] * 2
         assert graphs == 1
         assert max(errors) < 0.03
 
 
 def test_a_hugging_face_llama_generates(ranks):
-    outcomes = ranks.run(llama.generate, 64)
+    outcomes = ranks.run(jobs.llama_generates, 64)
     for found in outcomes:
         prefill, decode = found["strategies"]
         assert len(prefill) == len(decode) >= 2 * llama.LAYERS

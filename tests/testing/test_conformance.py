@@ -79,7 +79,10 @@ def test_every_check_is_a_test_of_the_kit():
         assert getattr(conformance, f"test_{check.name}").__doc__.startswith(check.title)
 
 
-@pytest.mark.parametrize("subject", subjects("reference"), ids=str)
+DEFINITIONS = [each for each in subjects("reference") if each.strategy.impl is each.pattern.function]
+
+
+@pytest.mark.parametrize("subject", DEFINITIONS, ids=str)
 def test_the_reference_is_compared_at_200_sites_of_each_pattern_in_ci(subject, monkeypatch):
     compared = []
 

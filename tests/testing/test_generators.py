@@ -237,6 +237,9 @@ def test_everything_public_is_there_and_importing_the_package_brings_no_test_lib
 
 def test_subjects_are_the_strategies_of_a_backend():
     found = subjects("reference")
-    assert [each.pattern.name for each in found] == [each.name for each in CORE_PATTERNS]
+    sums = {"reference.symm_mem_one_shot", "reference.symm_mem_two_shot", "reference.all_reduce_in_rank_order"}
+    assert sums < {str(each) for each in found}
+    definitions = [each.pattern.name for each in found if str(each) not in sums]
+    assert definitions == [each.name for each in CORE_PATTERNS]
     assert found[0].strategy.name == str(found[0]) == "reference.all_reduce"
     assert Device.here() is not None

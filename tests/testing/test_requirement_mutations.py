@@ -17,6 +17,7 @@ from fusion_core import (
     DType,
     DTypeAttribute,
     FixedTokens,
+    KnownFaster,
     LiveOutputs,
     MultipleOf,
     OnDevice,
@@ -27,6 +28,7 @@ from fusion_core import (
     Strategy,
     WorldSize,
     hookimpl,
+    known_faster,
     requirements,
 )
 from fusion_core.patterns.plain import all_reduce_add_rms_norm
@@ -63,6 +65,10 @@ REQUIREMENTS = [
     DTypeAttribute("norm_dtype", "weight"),
     FixedTokens("x"),
     FixedTokens("weight"),
+    KnownFaster("x", (("sm_90", 4, 0, 8 << 20), ("sm_90", 8, 1 << 20, 2 << 20), ("gfx942", 4, 0, 1 << 20)), "as said"),
+    KnownFaster("x", (("sm_90", 2, 512, 1024), ("sm_90", 2, 2048, 4095))),
+    KnownFaster("x", (("sm_90", 2, 0, 1),)),
+    KnownFaster("residual", (("sm_90", 2, 0, 4096),)),
 ]
 CLASSES = list(dict.fromkeys(type(requirement) for requirement in REQUIREMENTS))
 
@@ -200,10 +206,9 @@ def test_a_requirement_with_one_operator_or_number_changed_is_caught(kind, chang
 def test_every_requirement_of_core_is_among_them():
     of_core = [
         value
-        for value in vars(requirements).values()
-        if inspect.isclass(value)
-        and value.__module__ == requirements.__name__
-        and value is not requirements.Requirement
+        for module in (requirements, known_faster)
+        for value in vars(module).values()
+        if inspect.isclass(value) and value.__module__ == module.__name__ and value is not requirements.Requirement
     ]
     assert set(of_core) == set(CLASSES)
     assert len(MUTANTS) > 50

@@ -9,5 +9,5 @@ from __future__ import annotations
 
 from fusion_aiter.stages import MOST
 
-LIMITS: dict[tuple[str, int], int] = {(arch, ranks): MOST for arch in ("gfx942", "gfx950") for ranks in (2, 4, 8)}
-"""Architecture and number of ranks → the largest input in bytes."""
+SIZES = tuple((arch, ranks, 0, MOST) for arch in ("gfx942", "gfx950") for ranks in (2, 4, 8))
+"""`KnownFaster.sizes`."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from fusion_aiter.kernels import PACK, Kernel
-from fusion_aiter.limits import LIMITS
 from fusion_aiter.stages import LATE_GRAPHS, MOST_PACKS, PLAIN_PACKS, WARP, one_stage_runs, stages_that_run
 from fusion_core import Reason, Site
 from fusion_core.site import dtype_name
@@ -126,34 +125,3 @@ class LeastScale:
 
     def __str__(self) -> str:
         return f"min_scale at most {self.most:.3g}"
-
-
-@dataclass(frozen=True)
-class Published:
-    """AITER is known to be faster on this architecture at this input size.
-
-    A size that is known only at run time is met: the operator looks then.
-    """
-
-    arg: str
-
-    def unmet(self, site: Site) -> Reason | None:
-        """Why it is not known to be faster."""
-        limit = LIMITS.get((site.device.arch, site.world_size))
-        if limit is None:
-            return Reason(
-                "measured",
-                f"nobody has measured {site.world_size} ranks of {site.device}",
-                " or ".join(f"{ranks} ranks of {arch}" for arch, ranks in LIMITS),
-            )
-        tensor = site.tensor(self.arg)
-        if tensor is None or not all(isinstance(size, int) for size in tensor.shape):
-            return None
-        size = math.prod(map(int, tensor.shape)) * tensor.dtype.itemsize
-        if size <= limit:
-            return None
-        found = f"{self.arg} has {size / 2**20:.3g} MiB on {site.world_size} ranks of {site.device}"
-        return Reason("measured", found, f"at most {limit / 2**20:g} MiB, as AITER's own callers have it")
-
-    def __str__(self) -> str:
-        return f"an input size of {self.arg} up to which vLLM and SGLang use it"

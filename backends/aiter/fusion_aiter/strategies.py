@@ -10,15 +10,16 @@ from torch import Tensor
 
 from fusion_aiter.availability import ARCHITECTURES
 from fusion_aiter.kernels import KERNELS, Form, Kernel
+from fusion_aiter.limits import SIZES
 from fusion_aiter.ops import operator
-from fusion_aiter.requirements import GroupSize, LeastScale, NativeFP8, Published, RowFits
+from fusion_aiter.requirements import GroupSize, LeastScale, NativeFP8, RowFits
 from fusion_aiter.stages import LATE_GRAPHS
 from fusion_core import (
     Arch,
     Attribute,
     DType,
     DTypeAttribute,
-    FixedTokens,
+    KnownFaster,
     MultipleOf,
     Requirement,
     SameDType,
@@ -160,9 +161,7 @@ def _requirements(kernel: Kernel, *, one_stage: bool) -> tuple[Requirement, ...]
 def _strategies() -> tuple[Strategy, ...]:
     found = []
     for kernel in KERNELS:
-        worthwhile: tuple[Requirement, ...] = (Published("x"),)
-        if kernel.quantization:
-            worthwhile += (FixedTokens("x"),)
+        worthwhile = (KnownFaster("x", SIZES, "as AITER's own callers have it"),)
         # the plain one first; what the user switched on before it; without the norm's output before with it
         for option, rank in ((None, 0), ("one_stage", 2)):
             if option is not None and not kernel.norms:

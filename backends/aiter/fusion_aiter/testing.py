@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from fusion_aiter.limits import LIMITS
-from fusion_aiter.requirements import FP8, GroupSize, LeastScale, NativeFP8, Published, RowFits
+from fusion_aiter.requirements import FP8, GroupSize, LeastScale, NativeFP8, RowFits
 from fusion_aiter.stages import MOST_PACKS, PLAIN_PACKS, stages_that_run
 from fusion_core import Device, Site
 from fusion_core.testing import Sides, sides
@@ -62,32 +61,6 @@ def _(requirement: NativeFP8, site: Site) -> Sides:
 def _(requirement: LeastScale, site: Site) -> Sides:
     most = requirement.most
     return _given(site, "min_scale", (None, 0.0, most / 2, most), (most * 1.001, 2 * most, 1e-3))
-
-
-@sides.register
-def _(requirement: Published, site: Site) -> Sides:
-    arg = requirement.arg
-    tensor = site.inputs[arg]
-    hidden = int(tensor.shape[-1]) if tensor.shape else 1
-    row = hidden * tensor.dtype.itemsize
-    met, unmet = [], []
-    for (arch, ranks), limit in LIMITS.items():
-        here = replace(_on(site, arch), world_size=ranks)
-        met += [_sized(here, arg, (size // row, hidden)) for size in (0, row, limit)]
-        met.append(_unknown(here, arg))  # the operator looks when it runs
-        unmet.append(_sized(here, arg, (limit // row + 1, hidden)))
-    unmet += [replace(_on(site, "gfx950"), world_size=ranks) for ranks in (1, 3, 16)]
-    unmet += [replace(_on(site, arch), world_size=2) for arch in ("gfx90a", "gfx1250", "sm_90", "")]
-    return Sides(tuple(met), tuple(unmet))
-
-
-def _unknown(site: Site, arg: str) -> Site:
-    """The site with a number of rows that is known only at run time."""
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it brings sympy
-
-    tensor = site.inputs[arg]
-    shape = (ShapeEnv().create_unbacked_symint(), *tensor.shape[-1:])
-    return replace(site, inputs={**site.inputs, arg: replace(tensor, shape=shape, stride=None)})
 
 
 def _given(site: Site, name: str, met: Iterable[Any], unmet: Iterable[Any]) -> Sides:

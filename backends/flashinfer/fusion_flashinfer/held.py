@@ -11,7 +11,6 @@ from torch import Tensor
 from fusion_core import Reason
 from fusion_core.per_group import PerGroup
 from fusion_flashinfer import creation
-from fusion_flashinfer.limits import Limit
 
 
 class Ready:
@@ -49,7 +48,6 @@ class Held(PerGroup):
 
     Attributes:
         key: The group's name, whether the dtype is float32, whether the kernels are mnnvl's.
-        bound: Sizes at which kernels are used.
         handle: FlashInfer's workspace; None before it is made.
         elements: Its capacity.
         failure: Why there is none, or none larger, and will be none.
@@ -57,7 +55,6 @@ class Held(PerGroup):
         retired: Smaller workspaces, and their zeros, that CUDA graphs may hold.
     """
 
-    bound: Limit
     handle: Any = None
     call: Callable[..., Any] = field(default=lambda **_: None)
     elements: int = 0

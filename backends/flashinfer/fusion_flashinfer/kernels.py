@@ -47,6 +47,11 @@ class Kernel:
         return self.pattern != "all_reduce"
 
     @property
+    def in_parts(self) -> bool:
+        """Whether rows can be given to it in parts: packed and swizzled scales have a layout of the whole."""
+        return self.quantization in ("", "static_fp8", "token_fp8")
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """The names of what it gives, in order."""
         total = "residual_out" if self.adds else "reduced"
@@ -90,6 +95,11 @@ class Buffers:
     quantized: Tensor | None = None
     scale: Tensor | None = None
     scale_has_own_rows: bool = False
+
+    def part(self, rows: slice) -> Buffers:
+        """Some of the rows, of a kernel that can be run in parts."""
+        given = (self.total, self.normed, self.quantized, self.scale)
+        return Buffers(*(None if each is None else each[rows] for each in given))  # type: ignore[arg-type]
 
     def shaped(self, kernel: Kernel, lead: Sequence[int | torch.SymInt]) -> Any:
         """The results in the kernel's order, with the input's leading dimensions."""

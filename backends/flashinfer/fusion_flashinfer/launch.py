@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusion_flashinfer.held import Ready
 from fusion_flashinfer.kernels import Kernel, allocate
+from fusion_flashinfer.limits import MOST
 from fusion_flashinfer.unfused import unfused
 from fusion_flashinfer.workspaces import WORKSPACES
 
@@ -36,8 +37,12 @@ def launch(
     max_tokens: int | None = None,
     pdl: bool = False,
     mnnvl: bool = False,
+    two_shot: bool = False,
+    always: bool = False,
 ) -> Any:
     """Run a kernel, fused where the workspace takes it.
+
+    More rows than one launch takes go in several, where the results can be written in parts.
 
     Args:
         kernel: The kernel.
@@ -52,6 +57,9 @@ def launch(
         max_tokens: Rows above which to run unfused; None for no such bound.
         pdl: Launch with programmatic dependent launch.
         mnnvl: Use FlashInfer's multicast kernels.
+        two_shot: Reduce in two steps; up to as many rows as ranks it is one all the same, since FlashInfer's two-shot
+            kernel asserts more (``trtllm_ar.py``).
+        always: Never unfused for the number of rows: ``max_tokens`` is the most of one launch.
 
     Returns:
         `Kernel.outputs`, with x's leading dimensions.
@@ -65,12 +73,32 @@ def launch(
         return allocate(kernel, flat, **options).shaped(kernel, x.shape[:-1])
     residual = None if residual is None else _rows(residual, hidden)
     weight = None if weight is None else _aligned(weight)
-    ready = WORKSPACES.ready(kernel, flat, group, max_tokens, pdl, mnnvl)
+    most = MOST // (hidden * x.dtype.itemsize)
+    if always and max_tokens is not None:
+        most = min(most, max_tokens)
+    parts = -(-flat.shape[0] // most)
+    too_many = not always and max_tokens is not None and flat.shape[0] > max_tokens
+    ready = None
+    if not too_many and (parts == 1 or kernel.in_parts):
+        # parts of one size, so that no small one is left over
+        rows = -(-flat.shape[0] // parts)
+        ready = WORKSPACES.ready(kernel, flat[:rows], group, max_tokens, pdl, mnnvl, two_shot)
     if ready is None:
         buffers = unfused(kernel, flat, residual, weight, scale, eps, weight_bias, group, options)
-    else:
-        buffers = allocate(kernel, flat, **options)
+        return buffers.shaped(kernel, x.shape[:-1])
+    buffers = allocate(kernel, flat, **options)
+    if parts == 1:
         fused(kernel, ready, buffers, flat, residual, weight, scale, eps, weight_bias, option, pdl)
+        return buffers.shaped(kernel, x.shape[:-1])
+    for start in range(0, flat.shape[0], rows):
+        part = slice(start, start + rows)
+        given, added = flat[part], None if residual is None else residual[part]
+        # as large as the first or smaller: what that one has passed, this one does too
+        ready = WORKSPACES.ready(kernel, given, group, max_tokens, pdl, mnnvl, two_shot)
+        if ready is None:
+            buffers = unfused(kernel, flat, residual, weight, scale, eps, weight_bias, group, options)
+            return buffers.shaped(kernel, x.shape[:-1])
+        fused(kernel, ready, buffers.part(part), given, added, weight, scale, eps, weight_bias, option, pdl)
     return buffers.shaped(kernel, x.shape[:-1])
 
 

@@ -1,8 +1,8 @@
-"""Up to which input size FlashInfer's kernels are known to be faster, and which of the two to take.
+"""Where each of FlashInfer's two kernel forms is known to be faster, and the largest input that one launch takes.
 
 Measured by this project on H200s (``benchmarks/README.md``) for sm_90 with 2 and 4 ranks. The others are what vLLM
 ships (``vllm/compilation/passes/fusion/allreduce_rms_fusion.py`` and ``flashinfer_all_reduce.py``, 2026), which
-measured them against its own unfused path. What nobody has measured is not in the table, and is not used.
+measured them against its own unfused path. A table of `fusion-core tune` goes before all of this.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MIB = 1 << 20
+
+MOST = 64 * MIB
+"""Bytes of one rank's input in one launch; more goes in several. Ranks times bytes stay below 2^30: at more, an index
+of FlashInfer's kernels (``clear_offset * comm_size``, int) would overflow."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,6 @@ class Limit:
     one_shot: int
     most: int
 
-    def one_shot_at(self, size: int, tokens: int, world_size: int) -> bool | None:
-        """Whether to run the one-shot kernel at this size; None for neither.
-
-        The two-shot kernel asserts more tokens than ranks (``trtllm_ar.py``).
-        """
-        if size <= self.one_shot:
-            return True
-        return False if size <= self.most and tokens > world_size else None
-
 
 LIMITS: dict[tuple[str, int], Limit] = {
     ("sm_90", 2): Limit(64 * MIB, 64 * MIB),
@@ -46,13 +41,12 @@ LIMITS: dict[tuple[str, int], Limit] = {
     ("sm_103", 4): Limit(4 * MIB, 64 * MIB),
     ("sm_103", 8): Limit(2 * MIB, 4 * MIB),
 }
-"""Architecture and number of ranks → limits. The largest product of ranks and bytes stays below 2^30: at more, an
-index of FlashInfer's kernels (``clear_offset * comm_size``, int) would overflow."""
+"""Architecture and number of ranks → limits."""
 
-UNMEASURED = Limit(MIB // 2, MIB // 2)
-"""Where the table has no entry and a strategy runs all the same, as in the conformance kit."""
+ONE_SHOT = tuple((arch, ranks, 0, limit.one_shot) for (arch, ranks), limit in LIMITS.items())
+"""`KnownFaster.sizes` of the one-shot kernels."""
 
-
-def limit(arch: str, world_size: int) -> Limit:
-    """The limits of an architecture and a number of ranks."""
-    return LIMITS.get((arch, world_size), UNMEASURED)
+TWO_SHOT = tuple(
+    (arch, ranks, limit.one_shot, limit.most) for (arch, ranks), limit in LIMITS.items() if limit.one_shot < limit.most
+)
+"""`KnownFaster.sizes` of the two-shot kernels."""

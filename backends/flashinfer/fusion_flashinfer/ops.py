@@ -2,8 +2,8 @@
 
 Registered with `torch.library.Library` and not with `torch.library.custom_op`, whose wrapper costs some 30 us a call.
 Each takes its pattern's tensors, its scalars, the group's name, ``max_tokens`` (the workspace's capacity; None for as
-much as pays), ``pdl`` (programmatic dependent launch) and ``mnnvl`` (FlashInfer's multicast kernels), and returns
-`Kernel.outputs`. x is ``[..., n]``; see the patterns for the other shapes.
+much as pays), ``pdl`` (programmatic dependent launch), ``mnnvl`` (FlashInfer's multicast kernels), ``two_shot`` and
+``always`` (see `launch`), and returns `Kernel.outputs`. x is ``[..., n]``; see the patterns for the other shapes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ NAMESPACE = "fusion_flashinfer"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _SCALARS = {"group_fp8": ("int group_size",), "nvfp4": ("str scale_layout",)}
 _SCALES = {"static_fp8": ("Tensor scale",), "nvfp4": ("Tensor global_scale",)}
-_WHERE = ("str group", "int? max_tokens=None", "bool pdl=False", "bool mnnvl=False")
+_WHERE = (
+    "str group",
+    "int? max_tokens=None",
+    "bool pdl=False",
+    "bool mnnvl=False",
+    "bool two_shot=False",
+    "bool always=False",
+)
 
 
 def schema(kernel: Kernel) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fusion_core import Reason, Site
 from fusion_flashinfer.availability import capability, multicast_off, pattern_codes
-from fusion_flashinfer.limits import LIMITS
+from fusion_flashinfer.limits import MOST
 
 MOST_THREADS = 1024
 
@@ -117,8 +117,8 @@ class OneCluster:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Somebody measured this architecture and number of ranks, and the kernel is faster at this input size.
+class OneLaunch:
+    """The input fits one launch: for kernels whose scales cannot be written in parts.
 
     A size that is known only at run time is met: the operator looks then.
     """
@@ -126,23 +126,37 @@ class Measured:
     arg: str
 
     def unmet(self, site: Site) -> Reason | None:
-        """Why it is not known to be faster."""
-        limit = LIMITS.get((site.device.arch, site.world_size))
-        if limit is None:
-            return Reason(
-                "measured",
-                f"nobody has measured {site.world_size} ranks of {site.device}",
-                " or ".join(f"{ranks} ranks of {arch}" for arch, ranks in LIMITS),
-            )
+        """Why the input is too large."""
         tensor = site.tensor(self.arg)
         if tensor is None or not all(isinstance(size, int) for size in tensor.shape):
             return None
         size = math.prod(map(int, tensor.shape)) * tensor.dtype.itemsize
-        tokens = math.prod(map(int, tensor.shape[:-1]))
-        if limit.one_shot_at(size, tokens, site.world_size) is not None:
+        if size <= MOST:
             return None
-        found = f"{self.arg} has {size / 2**20:.3g} MiB on {site.world_size} ranks of {site.device}"
-        return Reason("measured", found, f"at most {limit.most / 2**20:g} MiB, where it was measured to be faster")
+        return Reason("size", f"{self.arg} has {size / 2**20:.4g} MiB", f"at most {MOST >> 20} MiB", self.arg)
 
     def __str__(self) -> str:
-        return f"an input size of {self.arg} at which it was measured to be faster"
+        return f"{self.arg} of at most {MOST >> 20} MiB"
+
+
+@dataclass(frozen=True)
+class MoreRowsThanRanks:
+    """More rows than ranks: FlashInfer's two-shot kernels assert it (``trtllm_ar.py``).
+
+    A number that is known only at run time is met: with fewer the operator runs the one-shot kernel.
+    """
+
+    arg: str
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why there are too few."""
+        tensor = site.tensor(self.arg)
+        if tensor is None or not all(isinstance(size, int) for size in tensor.shape):
+            return None
+        rows = math.prod(map(int, tensor.shape[:-1]))
+        if rows > site.world_size or rows == 0:
+            return None
+        return Reason("size", f"{self.arg} has {rows} rows", f"more than the {site.world_size} ranks", self.arg)
+
+    def __str__(self) -> str:
+        return f"more rows of {self.arg} than ranks"

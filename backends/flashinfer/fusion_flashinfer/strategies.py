@@ -12,7 +12,7 @@ from fusion_core import (
     Attribute,
     DType,
     DTypeAttribute,
-    FixedTokens,
+    KnownFaster,
     MultipleOf,
     Requirement,
     SameDType,
@@ -20,13 +20,15 @@ from fusion_core import (
     WorldSize,
 )
 from fusion_flashinfer.kernels import KERNELS, Kernel
+from fusion_flashinfer.limits import ONE_SHOT, TWO_SHOT
 from fusion_flashinfer.ops import operator
 from fusion_flashinfer.requirements import (
     Capability,
     KernelPresent,
-    Measured,
+    MoreRowsThanRanks,
     MulticastAllowed,
     OneCluster,
+    OneLaunch,
 )
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -40,14 +42,14 @@ UNTESTED_FP4 = "no GPU of compute capability 10 was at hand"
 UNTESTED_MNNVL = "NVLink multicast was off on the machines at hand"
 
 
-def _implementation(kernel: Kernel, *, pdl: bool, mnnvl: bool) -> Callable[..., Any]:
+def _implementation(kernel: Kernel, *, pdl: bool, mnnvl: bool, two_shot: bool) -> Callable[..., Any]:
     """The operator with the pattern's parameters by name. What requirements have settled is not passed on."""
     op = operator(kernel)
 
     if not kernel.norms:
 
-        def all_reduce(x: Tensor, *, group: str, max_tokens: int | None = None) -> Any:
-            return op(x, group, max_tokens, pdl, mnnvl)
+        def all_reduce(x: Tensor, *, group: str, max_tokens: int | None = None, numerics: str = "default") -> Any:
+            return op(x, group, max_tokens, pdl, mnnvl, two_shot, numerics == "deterministic")
 
         return all_reduce
 
@@ -73,7 +75,7 @@ def _implementation(kernel: Kernel, *, pdl: bool, mnnvl: bool) -> Callable[..., 
     ) -> Any:
         tensors = [each for each in (residual, weight, scale, global_scale) if each is not None]
         options = {"group_fp8": (group_size,), "nvfp4": (scale_layout,)}.get(kernel.quantization, ())
-        return op(x, *tensors, eps, weight_bias, *options, group, max_tokens, pdl, mnnvl)
+        return op(x, *tensors, eps, weight_bias, *options, group, max_tokens, pdl, mnnvl, two_shot)
 
     return norm
 
@@ -88,7 +90,7 @@ def _in_x_dtype(kernel: Kernel) -> tuple[str, ...]:
     return (*("residual",) * kernel.adds, *("weight", "normed") * kernel.norms, kernel.outputs[-1])
 
 
-def _requirements(kernel: Kernel, *, mnnvl: bool) -> tuple[Requirement, ...]:
+def _requirements(kernel: Kernel, *, mnnvl: bool, two_shot: bool) -> tuple[Requirement, ...]:
     found: list[Requirement] = [
         KernelPresent.here(kernel.symbol, kernel.code),
         WorldSize(*WORLD_SIZES),
@@ -123,32 +125,42 @@ def _requirements(kernel: Kernel, *, mnnvl: bool) -> tuple[Requirement, ...]:
     elif kernel.quantization == "nvfp4":
         # below capability 10 the kernel's body is compiled out: zeros, and no error
         found += [Capability(10), DType("global_scale", torch.float32)]
+    if not kernel.in_parts:
+        found.append(OneLaunch("x"))
+    if two_shot:
+        found.append(MoreRowsThanRanks("x"))
     if mnnvl:
         found.append(MulticastAllowed.here())
     return tuple(found)
 
 
+FORMS = (("", 0, None), ("two_shot", -2, None), ("pdl", 4, "pdl"), ("two_shot_pdl", 2, "pdl"), ("mnnvl", 6, "mnnvl"))
+"""Suffix, rank and option of each form. What the user switched on comes first, and without the norm's output before
+with it; which of one-shot and two-shot runs at a size is for measurements to say."""
+
+
 def _strategies() -> tuple[Strategy, ...]:
     found = []
     for kernel in KERNELS:
-        worthwhile: tuple[Requirement, ...] = (Measured("x"),)
-        if kernel.quantization and (kernel.quantization != "static_fp8" or kernel.norm_out):
-            worthwhile += (FixedTokens("x"),)
-        # the plain one first; what the user switched on before it; without the norm's output before with it
-        for option, rank in ((None, 0), ("pdl", 2), ("mnnvl", 4)):
-            if option == "mnnvl" and kernel.quantization == "group_fp8":
+        for suffix, rank, option in FORMS:
+            mnnvl, two_shot = option == "mnnvl", suffix.startswith("two_shot")
+            if mnnvl and kernel.quantization == "group_fp8":
                 continue  # mnnvl has no such kernel
+            sizes = TWO_SHOT if two_shot else ONE_SHOT
             found.append(
                 Strategy(
                     pattern=kernel.pattern,
-                    name=f"flashinfer.{kernel.name}" + (f"_{option}" if option else ""),
-                    impl=_implementation(kernel, pdl=option == "pdl", mnnvl=option == "mnnvl"),
-                    requires=_requirements(kernel, mnnvl=option == "mnnvl"),
-                    worthwhile=worthwhile,
+                    name=f"flashinfer.{kernel.name}" + (f"_{suffix}" if suffix else ""),
+                    impl=_implementation(kernel, pdl=option == "pdl", mnnvl=mnnvl, two_shot=two_shot),
+                    requires=_requirements(kernel, mnnvl=mnnvl, two_shot=two_shot),
+                    worthwhile=(KnownFaster("x", sizes, "where it was measured to be faster"),),
                     outputs=kernel.outputs,
                     rank=rank - kernel.norm_out,
                     option=option,
-                    untested=_untested(kernel, mnnvl=option == "mnnvl"),
+                    # with a norm the kernels share a row between more or fewer blocks as there are fewer or more rows,
+                    # and add its squares up in another order
+                    batch_invariant=not kernel.norms and suffix == "",
+                    untested=_untested(kernel, mnnvl=mnnvl),
                 )
             )
     return tuple(found)

@@ -9,14 +9,15 @@ import torch
 
 from fusion_core import Device, Site
 from fusion_core.testing import Sides, sides
-from fusion_flashinfer.limits import LIMITS
+from fusion_flashinfer.limits import MOST
 from fusion_flashinfer.requirements import (
     MOST_THREADS,
     Capability,
     KernelPresent,
-    Measured,
+    MoreRowsThanRanks,
     MulticastAllowed,
     OneCluster,
+    OneLaunch,
 )
 
 
@@ -60,24 +61,27 @@ def _(requirement: OneCluster, site: Site) -> Sides:
 
 
 @sides.register
-def _(requirement: Measured, site: Site) -> Sides:
+def _(requirement: OneLaunch, site: Site) -> Sides:
     arg = requirement.arg
     tensor = site.inputs[arg]
     hidden = int(tensor.shape[-1]) if tensor.shape else 1
-    row = hidden * tensor.dtype.itemsize
-    met, unmet = [], []
-    for (arch, ranks), limit in LIMITS.items():
-        here = replace(_on(site, arch), world_size=ranks)
-        met += [_sized(here, arg, (size // row, hidden)) for size in (0, row, limit.one_shot, limit.most)]
-        met.append(_unknown(here, arg))  # the operator looks when it runs
-        unmet.append(_sized(here, arg, (limit.most // row + 1, hidden)))
-        if limit.one_shot < limit.most:  # two-shot, which takes more rows than ranks
-            wide = limit.one_shot // (ranks * tensor.dtype.itemsize) + 8
-            met.append(_sized(here, arg, (ranks + 1, wide)))
-            unmet.append(_sized(here, arg, (ranks, wide)))
-    measured = {ranks for _, ranks in LIMITS}
-    unmet += [replace(_on(site, "sm_90"), world_size=ranks) for ranks in (1, 3, 16) if ranks not in measured]
-    unmet += [replace(_on(site, arch), world_size=2) for arch in ("sm_89", "gfx942", "")]
+    rows = MOST // (hidden * tensor.dtype.itemsize)
+    met = [_sized(site, arg, (count, hidden)) for count in (1, 0, rows)]
+    met += [_sized(site, arg, (MOST // tensor.dtype.itemsize,)), _unknown(site, arg)]  # the operator looks when it runs
+    unmet = [_sized(site, arg, (rows + 1, hidden)), _sized(site, arg, (MOST // tensor.dtype.itemsize + 1,))]
+    return Sides(tuple(met), tuple(unmet))
+
+
+@sides.register
+def _(requirement: MoreRowsThanRanks, site: Site) -> Sides:
+    arg, hidden = requirement.arg, site.inputs[requirement.arg].shape[-1:]
+    met: list[Site] = []
+    unmet: list[Site] = []
+    for ranks in dict.fromkeys((site.world_size, 2, 4, 8)):  # its own first: a repaired site keeps them
+        here = replace(site, world_size=ranks)
+        met += [_sized(here, arg, shape) for shape in ((ranks + 1, *hidden), (2, ranks, *hidden))]
+        unmet += [_sized(here, arg, shape) for shape in ((ranks, *hidden), (1, ranks, *hidden), (1, *hidden), hidden)]
+    met += [_sized(site, arg, (0, *hidden)), _unknown(site, arg)]  # the operator looks when it runs
     return Sides(tuple(met), tuple(unmet))
 
 

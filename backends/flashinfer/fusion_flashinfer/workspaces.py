@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusion_core import Device, Reason, Status, per_group
+from fusion_core import Reason, Status, per_group
 from fusion_core.agreement import NoAgreement
 from fusion_core.per_group import Groups, outside, resolve, synchronize
 from fusion_core.run_time import fell_back
 from fusion_flashinfer import creation
 from fusion_flashinfer.held import Held, Ready
 from fusion_flashinfer.kernels import Kernel
-from fusion_flashinfer.limits import limit
+from fusion_flashinfer.limits import MOST
 from fusion_flashinfer.self_check import self_check
 
 LEAST_ELEMENTS = 1 << 20
@@ -37,7 +37,7 @@ class Workspaces:
         self.groups: Groups[Held] = Groups(_entry, "flashinfer")
 
     def ready(
-        self, kernel: Kernel, x: Tensor, group: str, max_tokens: int | None, pdl: bool, mnnvl: bool
+        self, kernel: Kernel, x: Tensor, group: str, max_tokens: int | None, pdl: bool, mnnvl: bool, two_shot: bool
     ) -> Ready | None:
         """The workspace for one call; None where all ranks run it unfused.
 
@@ -48,11 +48,12 @@ class Workspaces:
             max_tokens: The capacity in rows; None for as much as pays.
             pdl: Whether with programmatic dependent launch.
             mnnvl: Whether with multicast kernels.
+            two_shot: Whether in two steps.
         """
-        form = (kernel.code, group, x.dtype, x.shape, max_tokens, pdl, mnnvl)
+        form = (kernel.code, group, x.dtype, x.shape, max_tokens, pdl, mnnvl, two_shot)
         found: Ready | None = self.groups.forms.get(form)
         if found is None or resolve(group) is not found.held.group():
-            found = self._decide(kernel, x, group, max_tokens, pdl, mnnvl)
+            found = self._decide(kernel, x, group, max_tokens, pdl, mnnvl, two_shot)
             if found is None:
                 return None
             self.groups.remember(form, found)
@@ -60,13 +61,11 @@ class Workspaces:
         return found
 
     def _decide(
-        self, kernel: Kernel, x: Tensor, group: str, max_tokens: int | None, pdl: bool, mnnvl: bool
+        self, kernel: Kernel, x: Tensor, group: str, max_tokens: int | None, pdl: bool, mnnvl: bool, two_shot: bool
     ) -> Ready | None:
         held = self.groups.get((group, x.dtype is torch.float32, mnnvl), x.device)
-        tokens, size = x.shape[0], x.numel()
-        one_shot = held.bound.one_shot_at(size * x.dtype.itemsize, tokens, held.world_size)
-        if one_shot is None or (max_tokens is not None and tokens > max_tokens):
-            return None
+        size = x.numel()
+        one_shot: bool | None = not two_shot or x.shape[0] <= held.world_size
         if mnnvl:
             one_shot = None  # it has kernels of its own, and its own rule
         check = (kernel.code, x.dtype, one_shot, pdl)
@@ -115,7 +114,7 @@ class Workspaces:
             wanted = max(LEAST_ELEMENTS, rows * hidden, 1 << (x.numel() - 1).bit_length())
             if max_tokens is not None:
                 # no more than is ever used: larger ones would also overflow an index of the kernels
-                wanted = max(min(max_tokens * hidden, held.bound.most // x.dtype.itemsize), x.numel(), rows * hidden)
+                wanted = max(min(max_tokens * hidden, MOST // x.dtype.itemsize), x.numel(), rows * hidden)
             held.failure = self._make(held, f"{kernel.name} of {tuple(x.shape)}", -(-wanted // hidden), hidden, x.dtype)
             if held.failure is not None:
                 fell_back(_strategy(kernel, check, held.key), held.key[0], held.failure)
@@ -165,11 +164,12 @@ class Workspaces:
 
 
 def _strategy(kernel: Kernel, check: tuple[Any, ...], key: tuple[Any, ...]) -> str:
-    return f"flashinfer.{kernel.name}{'_pdl' if check[3] else ''}{'_mnnvl' if key[2] else ''}"
+    form = "_two_shot" if check[2] is False else ""
+    return f"flashinfer.{kernel.name}{form}{'_pdl' if check[3] else ''}{'_mnnvl' if key[2] else ''}"
 
 
 def _entry(key: tuple[Any, ...], group: weakref.ref[dist.ProcessGroup], world_size: int, device: torch.device) -> Held:
-    return Held(key, group, world_size, device, limit(Device.of(device).arch, world_size))
+    return Held(key, group, world_size, device)
 
 
 WORKSPACES = Workspaces()

@@ -1,0 +1,291 @@
+"""``fusion-core tune``: what each way to run a place costs on this machine, as a table by which places are chosen."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import re
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fusion_core import plotting
+from fusion_core.cli.options import Json, Options, Order, Strict, make_config
+from fusion_core.cli.output import print_json, show
+from fusion_core.cli.process_group import process_group
+from fusion_core.errors import ConfigError
+from fusion_core.patterns.definition import Pattern
+from fusion_core.registry import Registry
+from fusion_core.report import write_whole
+from fusion_core.tuning.schema import LARGEST
+from fusion_core.tuning.store import save, to_json
+
+if TYPE_CHECKING:
+    from fusion_core.tuning.tuner import Tuned
+
+LAUNCH = "torchrun --nproc-per-node 2 -m fusion_core tune"
+PATIENCE = 300.0
+"""Seconds over the budget after which the process ends itself: one point, and compiling, may take long; a hang ends."""
+
+
+class DType(StrEnum):
+    """Dtypes of x."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def tune(
+    patterns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Only these, or 'all'. By default those that are most frequent in models, and those for which there "
+            "is a strategy here.",
+            show_default=False,
+        ),
+    ] = None,
+    hidden: Annotated[str, typer.Option(metavar="N,M", help="Hidden sizes.")] = "2048,4096,8192",
+    tokens: Annotated[
+        str, typer.Option(metavar="N,M", help="Token counts; A..B for A, twice as many, and so on up to B.")
+    ] = "1..16384",
+    dtype: Annotated[DType, typer.Option(help="Of what is reduced.")] = DType.bfloat16,
+    budget: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1, help="No further size is begun after this time.")
+    ] = 600.0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Write the table there instead of to your cache directory, where it is found by itself.",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Write all figures as a plot as well.", show_default=False)
+    ] = None,
+    order: Order = None,
+    strict: Strict = False,
+    options: Options = None,
+    as_json: Json = False,
+) -> None:
+    """Measure every usable strategy of every pattern against the unfused path, on this machine and number of GPUs.
+
+    To be started by torchrun, with as many processes as your models use: torchrun --nproc-per-node 2 -m fusion_core
+    tune. Writes the table by which fusion_core chooses from then on, and prints where one path takes over from another.
+    Exit status 1 where nothing could be measured.
+    """
+    config = make_config(order, strict, options)
+    sizes, counts = numbers("hidden", hidden), numbers("tokens", tokens)
+    if plot is not None:
+        plotting.check_can_save(plot)
+    if output is not None:
+        _check_can_write(output)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: `backends` names them
+        registry = Registry.load(config)
+    asked = _named(registry, patterns)
+    ours = not dist.is_initialized()
+    if ours and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise ConfigError(f"this is one process, in which there is nothing to reduce, needs 2 or more; {LAUNCH}")
+    if (
+        ours
+        and torch.cuda.is_available()
+        and (local := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > (gpus := torch.cuda.device_count())
+    ):
+        raise ConfigError(f"there are {local} processes for {gpus} GPUs, needs a GPU for each")
+    faulthandler.dump_traceback_later(budget + PATIENCE, exit=True, file=2)
+    try:
+        with process_group() as rank:
+            began = time.monotonic()
+            with _stdout_to_stderr():
+                tuned = _measure(registry, asked, sizes, counts, dtype.value, budget, rank)
+            if rank == 0:
+                _finish(tuned, output, plot, as_json, time.monotonic() - began)
+            if ours and torch.cuda.is_available():
+                _leave(0 if tuned.table is not None else 1)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    if tuned.table is None:
+        raise typer.Exit(1)
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """``"1,2,8..32"`` as 1, 2, 8, 16, 32, in rising order.
+
+    Raises:
+        ConfigError: for anything else, and for a number that no table takes.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        matched = re.fullmatch(r"(\d{1,10})(?:\.\.(\d{1,10}))?", part.strip())
+        first, last = (int(matched[1]), int(matched[2] or matched[1])) if matched else (0, 0)
+        if not 1 <= first <= last <= LARGEST:
+            needs = f"whole numbers from 1 to {LARGEST} separated by commas, or A..B for A, twice as many, up to B"
+            raise ConfigError(f"--{option} is {text!r}, needs {needs}")
+        while first <= last:
+            found.add(first)
+            first *= 2
+    return tuple(sorted(found))
+
+
+def _named(registry: Registry, text: str | None) -> list[Pattern] | None:
+    """The patterns that were asked for; None where the choice is ours."""
+    if text is None:
+        return None
+    if text == "all":
+        return list(registry.patterns.values())
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in registry.patterns]:
+        known = ", ".join(registry.patterns)
+        raise ConfigError(f"--patterns names {', '.join(map(repr, unknown))}, needs 'all' or names among {known}")
+    return [registry.patterns[name] for name in dict.fromkeys(names)]
+
+
+def _check_can_write(path: Path) -> None:
+    """Before, and not behind ten minutes of measuring."""
+    folder = path.resolve().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"--output is {str(path)!r}, needs a file in a folder that exists and can be written")
+
+
+def _measure(
+    registry: Registry,
+    asked: Sequence[Pattern] | None,
+    hidden: Sequence[int],
+    tokens: Sequence[int],
+    dtype: str,
+    budget: float,
+    rank: int,
+) -> Tuned:
+    from fusion_core.tuning.clocks import clock_for  # not before: they bring the compiler
+    from fusion_core.tuning.plan import Plan
+    from fusion_core.tuning.ranks import Ranks
+    from fusion_core.tuning.tuner import tune as run
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    ranks = Ranks()
+    plan = Plan(registry, getattr(torch, dtype), device, ranks.name, ranks.size)
+    chosen = plan.patterns(hidden, min(tokens)) if asked is None else plan.sorted(asked)
+    # a backend that one rank lacks must not send the others elsewhere
+    common = set.intersection(*map(set, ranks.gather([pattern.name for pattern in chosen])))
+    chosen = [pattern for pattern in chosen if pattern.name in common]
+    with _Progress(len(chosen) * len(hidden) * len(tokens), rank == 0) as progress:
+        return run(plan, ranks, clock_for(ranks, device), chosen, hidden, tokens, budget, _command(), progress.said)
+
+
+def _finish(tuned: Tuned, output: Path | None, plot: Path | None, as_json: bool, seconds: float) -> None:
+    """Write the table, and print what is in it."""
+    from fusion_core.tuning.crossovers import crossovers, panels
+
+    path = None
+    if tuned.table is not None:
+        path = save(tuned.table) if output is None else output
+        if output is not None:
+            try:
+                write_whole(output, to_json(tuned.table))
+            except OSError as error:
+                raise ConfigError(f"--output {output} cannot be written: {error}") from error
+        if plot is not None:
+            ranks = tuned.table.machine.world_size
+            plotting.save(plot, f"{ranks} × {tuned.table.machine.gpu}", panels(tuned.table))
+    if as_json:
+        print_json(
+            {
+                "path": None if path is None else str(path),
+                "seconds": round(seconds, 1),
+                "table": None if tuned.table is None else tuned.table.to_dict(),
+                "crossovers": [] if tuned.table is None else [each.to_dict() for each in crossovers(tuned.table)],
+                "notes": [
+                    {"pattern": n.pattern, "hidden": n.hidden, "tokens": n.tokens, "path": n.path, "why": n.why}
+                    for n in tuned.notes
+                ],
+            }
+        )
+        return
+    from fusion_core.tuning import text
+
+    if tuned.table is not None:
+        ranks, gpu = tuned.table.machine.world_size, tuned.table.machine.gpu
+        typer.echo(f"the fastest path on {ranks} × {gpu}, microseconds a place at the first and last token count\n")
+        show(text.grid(tuned.table))
+        for drawn in text.drawings(tuned.table, ascii_only=not sys.stdout.isatty()):
+            typer.echo(f"\n{drawn}")
+        typer.echo("")
+    for line in text.notes(tuned.notes):
+        typer.echo(line)
+    if path is None:
+        typer.echo("nothing was measured: no table was written; fusion-core backends says what can be used here")
+    else:
+        typer.echo(f"\n{len(tuned.table.rows) if tuned.table else 0} points in {seconds:.0f} s, written to {path}")
+
+
+def _command() -> str:
+    local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    nodes = f"--nnodes {world // local} " if world > local else ""
+    return f"torchrun {nodes}--nproc-per-node {local} -m fusion_core {shlex.join(sys.argv[1:])}"
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Stdout belongs to the answer: what kernel libraries and compilers say, in Python or not, goes to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _leave(status: int) -> None:
+    """End this process without destroying the process group, which can wait for ever behind CUDA graphs."""
+    from fusion_core.tuning.ranks import Ranks
+
+    Ranks().meet()  # one that ended with a failure before would have torchrun end rank 0 while it prints
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class _Progress:
+    """What rank 0 shows on stderr meanwhile: a bar in a terminal, else a line for each hidden size of a pattern."""
+
+    def __init__(self, points: int, shown: bool) -> None:
+        console = Console(stderr=True)
+        self._lines = shown and not console.is_terminal
+        self._last = ""
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, console=console, disable=not shown or self._lines)
+        self._task = self._bar.add_task("", total=points)
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def said(self, done: int, what: str) -> None:
+        """So many points are done, and this comes next."""
+        self._bar.update(self._task, completed=done, description=what)
+        block = what.rpartition(", tokens ")[0] or what
+        if self._lines and block != self._last:
+            typer.echo(f"fusion-core: {done} points: {block}", err=True)
+        self._last = block

@@ -1,0 +1,332 @@
+"""Places whose token count is known only at run time: what is chosen for which count, and what then runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed import _functional_collectives as funcol
+
+from fusion_core import FusionConfig, Reason, Registry, Report, Site, Stage, Strategy
+from fusion_core import by_tokens as module
+from fusion_core.by_tokens import Plan
+from fusion_core.tuning.machine import Machine
+from fusion_core.tuning.store import to_json
+from fusion_core.tuning.table import Row, Table
+from tests.support.graphs import REFERENCE, fuse, plugin, registry
+from tests.test_matching import ADD, add_then, norm
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+c10d = torch.ops._c10d_functional
+HIDDEN = 16
+ran: list[str] = []
+
+
+@dataclass(frozen=True)
+class Rows:
+    """At most so many rows, and more than so many."""
+
+    above: int
+    most: int
+
+    def unmet(self, site: Site) -> Reason | None:
+        tokens = site.tokens
+        if tokens is None or self.above < tokens <= self.most:
+            return None
+        return Reason("rows", f"{tokens} rows", f"{self.above + 1} to {self.most}")
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    def run(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, group: str) -> tuple[Tensor, Tensor]:
+        ran.append(name)
+        total = c10d.wait_tensor(c10d.all_reduce(x, "sum", group)) + residual
+        return norm(total, weight, eps), total.clone()
+
+    run.__annotations__ |= {"x": Tensor, "residual": Tensor, "weight": Tensor | None, "eps": float, "group": str}
+    run.__annotations__["return"] = tuple[Tensor, Tensor]
+    op = torch.library.custom_op(f"fusion_core_tests::by_tokens_{name}", run, mutates_args=())
+    op.register_fake(lambda x, residual, weight, eps, group: (torch.empty_like(x), torch.empty_like(x)))
+    return op
+
+
+@torch.library.custom_op("fusion_core_tests::by_tokens_sum", mutates_args=())
+def own_sum(x: Tensor, group: str) -> Tensor:
+    ran.append("sum")
+    return c10d.wait_tensor(c10d.all_reduce(x, "sum", group)).clone()
+
+
+@own_sum.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+FEW, MANY = kernel("few"), kernel("many")
+OUTPUTS = ("normed", "residual_out")
+
+
+def few(*worthwhile: Any, **more: Any) -> Strategy:
+    return Strategy(ADD, "acme.few", FEW, worthwhile=worthwhile, outputs=OUTPUTS, **more)
+
+
+def many(*worthwhile: Any, **more: Any) -> Strategy:
+    return Strategy(ADD, "acme.many", MANY, worthwhile=worthwhile, outputs=OUTPUTS, **more)
+
+
+def acme(monkeypatch: Any, *strategies: Strategy, config: FusionConfig | None = None) -> Registry:
+    return registry(plugin(monkeypatch, "acme", fusion_strategies=lambda: strategies), REFERENCE, config=config)
+
+
+def given(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    x, r = (torch.randn(rows, HIDDEN, generator=generator).to(dtype) for _ in range(2))
+    return x, r, torch.randn(HIDDEN, generator=generator).to(dtype)
+
+
+def model(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    return add_then(norm)(x * 1, r, w)
+
+
+class Dynamic:
+    """One graph for all token counts, run behind the post-grad passes."""
+
+    def __init__(self, function: Callable[..., Any], using: Registry) -> None:
+        from fusion_core import FusionPass, _inductor
+
+        self.function, self.reports, self.graphs = function, list[Report](), list[torch.fx.Graph]()
+        own = FusionPass(registry=using)
+
+        class Look(_inductor.CustomGraphPass):
+            def __call__(look, graph: torch.fx.Graph) -> None:
+                self.reports.append(own.run(graph))
+                graph.lint()
+                self.graphs.append(graph)
+
+            def uuid(look) -> None:
+                return None
+
+            def __deepcopy__(look, memo: Any) -> Any:
+                return look
+
+        torch._dynamo.reset()
+        self.compiled = torch.compile(function, backend=_inductor.post_grad_only(Look()), fullgraph=True)
+
+    def __call__(self, rows: int, dtype: torch.dtype = torch.float32) -> list[str]:
+        tensors = given(rows, dtype)
+        copies = [tensor.clone() for tensor in tensors]
+        for tensor in tensors[:2]:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        ran.clear()
+        with torch.no_grad():
+            found = self.compiled(*tensors)
+            kept, ran_now = list(ran), list(ran)
+            expected = self.function(*copies)
+        ran[:] = kept
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1.6e-2 if dtype.itemsize == 2 else 1e-4)
+        torch.testing.assert_close(list(tensors), copies, rtol=0, atol=0)  # a model's inputs stay as they are
+        return ran_now
+
+
+def test_one_graph_runs_what_was_chosen_for_each_count(monkeypatch: Any) -> None:
+    dynamic = Dynamic(model, acme(monkeypatch, few(Rows(0, 8)), many(Rows(8, 100))))
+    assert [dynamic(rows) for rows in (2, 8, 9, 100, 101, 3)] == [
+        ["few"], ["few"], ["many"], ["many"], [], ["few"],
+    ]  # fmt: skip
+    (report,) = dynamic.reports
+    (site,) = report.sites
+    assert [(choice.first, choice.strategy) for choice in site.choices] == [
+        (1, "acme.few"), (9, "acme.many"), (101, f"reference.{ADD}"),
+    ]  # fmt: skip
+    assert site.strategy == "acme.few"
+    stages = {d.strategy: d.stage for d in site.decisions if d.pattern == ADD}
+    assert stages == {"acme.few": Stage.CHOSEN, "acme.many": Stage.CHOSEN, f"reference.{ADD}": Stage.CHOSEN}
+    line = f"from 1: acme.few; from 9: acme.many; from 101: reference.{ADD}"
+    assert f"  {ADD}: by the tokens of each call; {line} (at all_reduce)" in str(report).splitlines()
+    again = Report.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert again.sites[0].choices == site.choices
+
+
+def test_what_runs_at_every_count_is_put_into_the_graph_itself(monkeypatch: Any) -> None:
+    dynamic = Dynamic(model, acme(monkeypatch, few()))
+    assert dynamic(3) == ["few"]
+    targets = [str(node.target) for node in dynamic.graphs[0].nodes]
+    assert "fusion_core_tests.by_tokens_few.default" in targets
+    assert not any("fusion_core.by_tokens" in target for target in targets)
+
+
+def test_where_nothing_pays_the_definition_is_left_to_inductor(monkeypatch: Any) -> None:
+    dynamic = Dynamic(model, acme(monkeypatch, few(Rows(-2, -1))))
+    assert dynamic(3) == []
+    (site,) = dynamic.reports[0].sites
+    assert site.strategy == f"reference.{ADD}"
+    refused = next(d for d in site.decisions if d.strategy == "acme.few")
+    assert (refused.stage, str(refused.reasons[0])) == (Stage.WORTHWHILE, "1 rows, needs -1 to -1")
+
+
+def test_the_unfused_path_reduces_in_place_only_what_nobody_else_reads(monkeypatch: Any) -> None:
+    def summed(x: Tensor, r: Tensor, w: Tensor) -> Any:
+        total = funcol.all_reduce(x, "sum", torch.distributed.group.WORLD) + r
+        return norm(total, w), total
+
+    def of_its_own(x: Tensor, r: Tensor, w: Tensor) -> Any:
+        return summed(x * 2, r, w)
+
+    def read_later(x: Tensor, r: Tensor, w: Tensor) -> Any:
+        y = x * 2
+        return *summed(y, r, w), y + 1
+
+    def added_to_itself(x: Tensor, r: Tensor, w: Tensor) -> Any:
+        y = x * 2
+        return summed(y, y, w)
+
+    for function, copies in ((of_its_own, 0), (read_later, 1), (summed, 1), (added_to_itself, 0)):
+        dynamic = Dynamic(function, acme(monkeypatch, few(Rows(0, 4))))
+        assert [dynamic(rows) for rows in (2, 7)] == [["few"], []]
+        targets = [str(node.target) for node in dynamic.graphs[0].nodes]
+        assert "fusion_core.by_tokens_2.default" in targets
+        assert sum("clone" in target or "empty_strided" in target for target in targets) == copies, targets
+
+
+def test_a_sum_alone_takes_part_with_the_rest_of_the_pattern_behind_it(monkeypatch: Any) -> None:
+    alone = Strategy("all_reduce", "acme.sum", own_sum, worthwhile=(Rows(8, 64),))
+    dynamic = Dynamic(model, acme(monkeypatch, few(Rows(0, 8)), alone))
+    assert [dynamic(rows) for rows in (2, 9, 64, 65)] == [["few"], ["sum"], ["sum"], []]
+    # by itself it leaves the rest to Inductor, and the operator picks between sums alone
+    dynamic = Dynamic(model, acme(monkeypatch, alone))
+    assert [dynamic(rows) for rows in (2, 9, 65)] == [[], ["sum"], []]
+    assert dynamic.reports[0].sites[0].pattern == "all_reduce"
+    assert any("rsqrt" in str(node.target) for node in dynamic.graphs[0].nodes)
+
+
+def table(tmp_path: Path, *points: tuple[int, dict[str, float]]) -> str:
+    rows = tuple(Row(ADD, "float32", HIDDEN, tokens, us) for tokens, us in points)
+    path = tmp_path / "table.json"
+    path.write_text(to_json(Table(Machine.here(1), rows, "2026-11-23T00:00:00+00:00", "recorded")))
+    return str(path)
+
+
+def test_measurements_decide_at_run_time_as_at_compile_time(monkeypatch: Any, tmp_path: Path) -> None:
+    path = table(
+        tmp_path,
+        (2, {"unfused": 10.0, "acme.few": 5.0, "acme.many": 9.0}),
+        (32, {"unfused": 20.0, "acme.few": 30.0, "acme.many": 10.0}),
+        (64, {"unfused": 30.0, "acme.few": 60.0, "acme.many": 40.0}),
+    )
+    using = acme(monkeypatch, few(Rows(-2, -1)), many(), config=FusionConfig(table=path))
+    dynamic = Dynamic(model, using)
+    assert [dynamic(rows) for rows in (2, 32, 64)] == [["few"], ["many"], []]
+    choices = dynamic.reports[0].sites[0].choices
+    for rows in (2, 5, 8, 20, 32, 40, 50, 64):
+        fixed = fuse(model, *given(rows), using=using)
+        by_count = [choice.strategy for choice in choices if choice.first <= rows][-1]
+        assert fixed.site.strategy == by_count, rows
+    (choice,) = fuse(model, *given(32), using=using).site.choices
+    assert str(choice.figure) == "fused 10.0 us, unfused 20.0 us at 32 tokens"
+    refused = fuse(model, *given(64), using=using).site.decisions
+    words = {d.strategy: str(d.reasons[0]) for d in refused if d.stage is Stage.WORTHWHILE}
+    assert words["acme.many"] == "40.0 us, where the unfused path takes 30.0 us, at 64 tokens, needs less"
+
+
+def test_of_what_is_as_fast_the_longest_pattern_runs(monkeypatch: Any, tmp_path: Path) -> None:
+    alone = Strategy("all_reduce", "acme.sum", own_sum)
+    times = {"unfused": 10.0, "acme.few": 5.0}
+    points = ((2, {**times, "acme.sum": 4.91}), (8, {**times, "acme.sum": 4.8}))
+    using = acme(monkeypatch, few(), alone, config=FusionConfig(table=table(tmp_path, *points)))
+    assert fuse(model, *given(2), using=using).site.strategy == "acme.few"
+    assert fuse(model, *given(8), using=using).site.strategy == "acme.sum"
+
+
+def test_what_its_own_backend_s_table_lacks_is_not_known_to_pay(monkeypatch: Any, tmp_path: Path) -> None:
+    points = ((2, {"unfused": 10.0, "acme.few": 50.0}), (8, {"unfused": 10.0, "acme.few": 50.0}))
+    using = acme(monkeypatch, few(), many(), config=FusionConfig(table=table(tmp_path, *points)))
+    fixed = fuse(model, *given(4), using=using)
+    assert fixed.site.strategy == f"reference.{ADD}"
+    words = {d.strategy: str(d.reasons[0]) for d in fixed.site.decisions if d.stage is Stage.WORTHWHILE}
+    lacking = "the table has no figure for it at 4 tokens, needs one; fusion-core tune measures it on this machine"
+    assert words["acme.many"] == lacking
+    # of a backend that was not there when it was made, a table says nothing
+    points = ((2, {"unfused": 10.0, "other.few": 50.0}), (8, {"unfused": 10.0, "other.few": 50.0}))
+    using = acme(monkeypatch, few(Rows(-2, -1)), many(), config=FusionConfig(table=table(tmp_path, *points)))
+    assert fuse(model, *given(4), using=using).site.strategy == "acme.many"
+
+
+def test_another_table_is_another_key_of_the_compile_cache(monkeypatch: Any, tmp_path: Path) -> None:
+    from fusion_core import FusionPass
+
+    config = FusionConfig(table=table(tmp_path, (2, {"unfused": 10.0, "acme.few": 50.0})))
+    first = FusionPass(registry=acme(monkeypatch, few(), config=config)).uuid()
+    table(tmp_path, (2, {"unfused": 10.0, "acme.few": 5.0}))
+    second, third = (FusionPass(registry=acme(monkeypatch, few(), config=config)).uuid() for _ in range(2))
+    assert first != second == third
+
+
+def test_outside_what_was_measured_the_declaration_decides(monkeypatch: Any, tmp_path: Path) -> None:
+    path = table(tmp_path, (2, {"unfused": 10.0, "acme.few": 50.0}), (8, {"unfused": 10.0, "acme.few": 50.0}))
+    dynamic = Dynamic(model, acme(monkeypatch, few(Rows(0, 16)), config=FusionConfig(table=path)))
+    assert [dynamic(rows) for rows in (2, 8, 9, 16, 17)] == [[], [], ["few"], ["few"], []]
+
+
+def test_deterministic_numerics_choose_one_for_all_counts(monkeypatch: Any, tmp_path: Path) -> None:
+    path = table(tmp_path, (2, {"unfused": 10.0, "acme.few": 50.0}), (8, {"unfused": 10.0, "acme.few": 5.0}))
+    config = FusionConfig(numerics="deterministic", table=path)
+    dynamic = Dynamic(model, acme(monkeypatch, many(), few(Rows(0, 4), batch_invariant=True), config=config))
+    assert [dynamic(rows) for rows in (2, 8, 100)] == [["few"]] * 3
+    (site,) = dynamic.reports[0].sites
+    reason = next(d.reasons[0] for d in site.decisions if d.strategy == "acme.many")
+    assert (reason.code, "other bits in another batch" in str(reason)) == ("numerics", True)
+    fixed = fuse(model, *given(2), using=acme(monkeypatch, few(Rows(-2, -1), batch_invariant=True), config=config))
+    assert fixed.site.strategy == "acme.few"
+
+
+def test_more_rows_than_a_workspace_is_to_hold_run_unfused(monkeypatch: Any) -> None:
+    def impl(x: Tensor, residual: Tensor, weight: Any, eps: float, *, group: str, max_tokens: int | None = None) -> Any:
+        return FEW(x, residual, weight, eps, group)
+
+    holding = Strategy(ADD, "acme.few", impl, outputs=OUTPUTS)
+    dynamic = Dynamic(model, acme(monkeypatch, holding, config=FusionConfig(max_tokens=8)))
+    assert [dynamic(rows) for rows in (8, 9)] == [["few"], []]
+    fixed = fuse(model, *given(9), using=acme(monkeypatch, holding, config=FusionConfig(max_tokens=8)))
+    refused = next(d for d in fixed.site.decisions if d.strategy == "acme.few")
+    assert str(refused.reasons[0]) == "9 tokens are more than max_tokens, needs at most 8"
+
+
+def test_a_place_without_rows_sends_nothing(monkeypatch: Any) -> None:
+    dynamic = Dynamic(model, acme(monkeypatch, few(Rows(0, 8))))
+    assert dynamic(3) == ["few"]
+    assert dynamic(0) == []
+
+
+def test_a_plan_comes_back_from_its_text_in_another_process(monkeypatch: Any) -> None:
+    constants = {"eps": 1e-5, "weight_bias": 1.0, "norm_dtype": torch.float32, "scale_layout": "linear", "group": "0"}
+    plan = Plan(ADD, OUTPUTS, ("residual", "weight"), constants, ((1, "acme.few"), (9, None)), {"acme.few": {"a": 1}})
+    assert Plan.of(plan.text()) == plan
+    monkeypatch.setattr(module, "_strategies", {})
+    assert module.strategy_of(f"reference.{ADD}").name == f"reference.{ADD}"  # by its entry point
+    with pytest.raises(Exception, match=r"runs acme\.gone, which no installed backend has"):
+        module.strategy_of("acme.gone")
+
+
+def test_inductor_compiles_it_with_everything_around(monkeypatch: Any) -> None:
+    from fusion_core import FusionPass, _inductor
+
+    using = acme(monkeypatch, few(Rows(0, 8)))
+    torch._dynamo.reset()
+    options = _inductor.with_pass(FusionPass(registry=using), {"fx_graph_cache": False})
+    compiled = torch.compile(model, fullgraph=True, options=options)
+    for rows in (3, 20, 8, 9):
+        x, r, w = given(rows, torch.bfloat16)
+        kept = x.clone()
+        for tensor in (x, r):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        ran.clear()
+        with torch.no_grad():
+            found = compiled(x, r, w)
+            assert ran == (["few"] if rows <= 8 else [])
+            torch.testing.assert_close(found, model(x, r, w), atol=0.05, rtol=0.02)
+        assert torch.equal(x, kept)

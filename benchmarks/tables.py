@@ -1,7 +1,8 @@
-"""The Markdown tables of `site_latency.py` and `decode_step.py` from their records, and a plot of the ratios.
+"""The Markdown tables of `site_latency.py`, `decode_step.py` and `chosen_path.py` from their records, and plots.
 
 python benchmarks/tables.py
 python benchmarks/tables.py --plot docs/site_latency.svg benchmarks/results/site_latency_h200x2.json
+python benchmarks/tables.py --plot docs/chosen_path.svg benchmarks/results/chosen_path_h200x2.json
 """
 
 import argparse
@@ -96,6 +97,43 @@ def decode_step(record):
     return f"{record['layers']} layers, {record['ranks']} GPUs:\n\n{markdown(heads, lines)}{left_out}"
 
 
+def chosen_path(record):
+    """The table of one record."""
+    parts = []
+    heads = ["tokens", "torch.compile", "fusion_core", "one graph", "ratio", "ratio of one graph", "fastest path"]
+    heads += ["its µs", "to that", "one graph to that"]
+    for (pattern, hidden), rows in groupby(record["rows"], key=lambda row: (row["pattern"], row["hidden"])):
+        lines = []
+        for row in rows:
+            us, fastest = row["us"], row["fastest"]
+            cells = [row["tokens"], *(us.get(name) for name in ("compiled", "chosen", "chosen_dynamic"))]
+            cells += [row.get("chosen_to_compiled"), row.get("chosen_dynamic_to_compiled")]
+            cells += [f"`{fastest}`", us.get(fastest)]
+            cells += [row.get("chosen_to_fastest"), row.get("chosen_dynamic_to_fastest")]
+            lines.append(cells)
+        parts.append(f"`{pattern}`, hidden {hidden}, {record['ranks']} GPUs, µs a site:\n\n{markdown(heads, lines)}")
+    return "\n\n".join(parts)
+
+
+def plot_chosen_path(record, path):
+    """How many times faster than torch.compile alone; a panel per pattern and hidden size."""
+    from fusion_core import plotting
+
+    panels = []
+    columns = {"fusion_core": "chosen", "one graph for all": "chosen_dynamic", "the fastest path": None}
+    for (pattern, hidden), of in groupby(record["rows"], key=lambda row: (row["pattern"], row["hidden"])):
+        rows = list(of)
+        lines = [
+            plotting.Line(
+                label, [(row["tokens"], row["us"]["compiled"] / row["us"][name or row["fastest"]]) for row in rows]
+            )
+            for label, name in columns.items()
+        ]
+        title = f"{pattern.removeprefix('all_reduce_')}, hidden {hidden}"
+        panels.append(plotting.Panel(title, "tokens", "times faster than torch.compile", lines, 1.0))
+    plotting.save(path, f"{record['machine']}, the chosen path", panels)
+
+
 def plot(records, pattern, path):
     """How many times faster than NCCL + Inductor each column is; a panel per record and hidden size."""
     import matplotlib
@@ -145,16 +183,21 @@ def main():
     paths = options.records or [
         *sorted(RESULTS.glob("site_latency_*.json")),
         *sorted(RESULTS.glob("decode_step_*.json")),
+        *sorted(RESULTS.glob("chosen_path_*.json")),
     ]
     records = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     for path, record in records.items():
-        text = decode_step(record) if "layers" in record else site_latency(record)
-        versions = ", ".join(
-            f"{key} {record[key]}" for key in ("torch", "transformers", "flashinfer") if record.get(key)
-        )
+        kind = decode_step if "layers" in record else chosen_path if "by_tokens" in record else site_latency
+        text = kind(record)
+        known = {key: record.get(key) for key in ("torch", "transformers", "flashinfer")} | record.get("versions", {})
+        versions = ", ".join(f"{key} {value}" for key, value in known.items() if value)
         print(f"### {path.name}\n\n{record['machine']}, {versions}, {record['date']}\n\n{text}\n")
     if options.plot:
-        plot([record for record in records.values() if "layers" not in record], options.pattern, options.plot)
+        chosen = [record for record in records.values() if "by_tokens" in record]
+        if chosen:
+            plot_chosen_path(chosen[0], options.plot)
+        else:
+            plot([record for record in records.values() if "layers" not in record], options.pattern, options.plot)
 
 
 if __name__ == "__main__":

@@ -157,6 +157,10 @@ def svg(title: str, panels: Sequence[Panel]) -> str:
     return text.getvalue()
 
 
+MOST_LEVEL = 8
+"""Marks of an axis whose numbers stand level; more would run into each other."""
+
+
 def _draw(axis: Any, panel: Panel) -> None:
     if panel.base is not None:
         axis.axhline(panel.base, color="black", linewidth=0.8)
@@ -173,6 +177,8 @@ def _draw(axis: Any, panel: Panel) -> None:
     marks = sorted({x for line in panel.lines for x, _ in line.points})
     axis.set_xticks(marks, [f"{mark:g}" for mark in marks])
     axis.set_xticks([], minor=True)
+    if len(marks) > MOST_LEVEL:
+        axis.tick_params(axis="x", labelrotation=60, labelsize=7)
     axis.set_xlabel(panel.x_label)
     axis.set_title(panel.title, fontsize=9)
     axis.grid(alpha=0.3)

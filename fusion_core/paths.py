@@ -104,6 +104,8 @@ class Rest:
         """The live outputs; operator by operator in a capture that no `prepare` came before."""
         if self.place.bare:
             return (reduced,)
+        # compiled for these strides alone
+        others = [each if each.is_contiguous() else each.contiguous() for each in others]
         found = self._compiled.get(_form(reduced, others))
         if found is None:
             if capturing():
@@ -116,14 +118,14 @@ class Rest:
         form = _form(reduced, others)
         if form not in self._compiled:
             places = [n for n, name in enumerate(self.place.names, 1) if name in self.place.pattern.elementwise]
-            given = (reduced, *others)
+            given = (reduced, *(each.contiguous() for each in others))
             self._compiled[form] = outside(lambda: _inductor.compile_rows(self.place.rest, given, (0, *places)))
         return self._compiled[form]
 
 
 def _form(reduced: Tensor, others: Iterable[Tensor]) -> Form:
-    """What a compilation holds for: everything but the leading sizes. Reading strides costs little beside a launch."""
-    held = [(each.dtype, each.shape[-1] if each.dim() else 1, each.dim(), each.is_contiguous()) for each in others]
+    """What a compilation holds for: everything but the leading sizes."""
+    held = [(each.dtype, each.shape[-1] if each.dim() else 1, each.dim()) for each in others]
     return reduced.dtype, reduced.shape[-1], reduced.dim(), reduced.device, *held
 
 

@@ -193,6 +193,16 @@ def test_the_unfused_path_reduces_in_place_only_what_nobody_else_reads(monkeypat
         assert sum("clone" in target or "empty_strided" in target for target in targets) == copies, targets
 
 
+def test_a_residual_of_any_strides_is_added(monkeypatch: Any) -> None:
+    def apart(x: Tensor, r: Tensor, w: Tensor) -> Any:
+        return add_then(norm)(x * 1, torch.stack((r, -r), 1)[:, 0], w[torch.arange(HIDDEN)])
+
+    dynamic = Dynamic(apart, acme(monkeypatch, few(Rows(0, 4))))
+    assert [dynamic(rows) for rows in (2, 7)] == [["few"], []]
+    by_rows = Dynamic(lambda x, r, w: model(x, r.t().contiguous().t(), w), acme(monkeypatch, few(Rows(0, 4))))
+    assert [by_rows(rows) for rows in (2, 7, 9)] == [["few"], [], []]
+
+
 def test_a_sum_alone_takes_part_with_the_rest_of_the_pattern_behind_it(monkeypatch: Any) -> None:
     alone = Strategy("all_reduce", "acme.sum", own_sum, worthwhile=(Rows(8, 64),))
     dynamic = Dynamic(model, acme(monkeypatch, few(Rows(0, 8)), alone))

@@ -67,13 +67,14 @@ def states(registry: Registry) -> str:
 
 
 def tables(registry: Registry) -> str:
-    """What was measured for each number of ranks that a process group of this process has, as hashes."""
+    """What was measured for each number of ranks that a process group of this process has, as hashes; empty if nothing."""
     if not dist.is_available() or not dist.is_initialized():
         return ""
     device = Device.here()
     sizes = sorted({group.size() for group in list(dist.distributed_c10d._world.pg_map)})
     found = {size: registry.table(device, size) for size in sizes}
-    return repr({size: None if table is None else table.fingerprint for size, table in found.items()})
+    known = {size: table.fingerprint for size, table in found.items() if table is not None}
+    return repr(known) if known else ""
 
 
 def declaration(strategy: Strategy) -> tuple[object, ...]:

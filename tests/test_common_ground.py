@@ -148,7 +148,7 @@ def test_groups_that_overlap_do_not_wait_for_each_other_in_a_ring(three: WorkerP
 
 
 def test_one_time_limit_holds_for_all_groups_of_a_graph(two: WorkerPool) -> None:
-    assert 2 <= two.run(jobs.nobody_comes)[0] < 3.5
+    assert 2 <= two.run(jobs.nobody_comes)[0] < 8  # and not 10, one after another
 
 
 @pytest.mark.parametrize("bound", [True, False], ids=["bound", "by itself"])

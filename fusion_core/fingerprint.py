@@ -67,7 +67,7 @@ def states(registry: Registry) -> str:
 
 
 def tables(registry: Registry) -> str:
-    """What was measured for each number of ranks that a process group of this process has, as hashes; empty if nothing."""
+    """Hashes of what was measured for each number of ranks that a group of this process has; empty where nothing was."""
     if not dist.is_available() or not dist.is_initialized():
         return ""
     device = Device.here()

@@ -67,7 +67,7 @@ def states(registry: Registry) -> str:
 
 
 def tables(registry: Registry) -> str:
-    """Hashes of what was measured for each number of ranks that a group of this process has; empty where nothing was."""
+    """Hashes of what was measured for each number of ranks that a group of this process has; empty if nothing."""
     if not dist.is_available() or not dist.is_initialized():
         return ""
     device = Device.here()

@@ -106,8 +106,12 @@ def judge(view: LiftedGraph, anchor: fx.Node, term: Term, registry: Registry) ->
     usable: list[Usable] = []
     for each in standings:
         for strategy in registry.strategies(each.pattern.name):
-            found = None if longest is None else figure(registry, strategy, each.pattern, longest, longest.tokens or 0)
-            stage, reasons = weigh(strategy, each.pattern, each.site, registry, found)
+            found = None
+            stage, reasons = able(strategy, each.pattern, each.site, registry)
+            if stage is Stage.CHOSEN:
+                assert longest is not None
+                found = figure(registry, strategy, each.pattern, longest, longest.tokens or 0)
+                stage, reasons = weigh(strategy, each.pattern, each.site, registry, found)
             decisions.append(Decision(each.pattern.name, strategy.name, stage, reasons))
             if stage is Stage.CHOSEN:
                 assert each.match is not None

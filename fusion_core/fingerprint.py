@@ -9,7 +9,7 @@ from dataclasses import fields
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -108,7 +108,19 @@ def module_sources(plugin: ModuleType | Any) -> str:
 def _source(function: Any) -> str:
     if (schema := schema_of(function)) is not None:
         return str(schema)
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    code = getattr(function, "__code__", None)
+    # a backend's strategies are mostly a few functions that differ in what they close over
+    return _text(function, name) if code is None else _source_of(code, name)
+
+
+@functools.cache
+def _source_of(code: CodeType, name: str) -> str:
+    return _text(code, name)
+
+
+def _text(code: Any, name: str) -> str:
     try:
-        return inspect.getsource(function)
+        return inspect.getsource(code)
     except (OSError, TypeError):
-        return getattr(function, "__qualname__", type(function).__qualname__)
+        return name

@@ -111,7 +111,8 @@ def judge(view: LiftedGraph, anchor: fx.Node, term: Term, registry: Registry) ->
             if stage is Stage.CHOSEN:
                 assert longest is not None
                 found = figure(registry, strategy, each.pattern, longest, longest.tokens or 0)
-                stage, reasons = weigh(strategy, each.pattern, each.site, registry, found)
+                assert isinstance(each.site, Site)
+                stage, reasons = worth(strategy, each.site, registry, found)
             decisions.append(Decision(each.pattern.name, strategy.name, stage, reasons))
             if stage is Stage.CHOSEN:
                 assert each.match is not None
@@ -138,6 +139,11 @@ def weigh(
     if stage is not Stage.CHOSEN:
         return stage, reasons
     assert isinstance(site, Site)
+    return worth(strategy, site, registry, found)
+
+
+def worth(strategy: Strategy, site: Site, registry: Registry, found: Figure | None) -> tuple[Stage, tuple[Reason, ...]]:
+    """Whether a strategy that can run at a site of known size should, and may: `Stage.CHOSEN`, or why not."""
     if reasons := unprofitable(strategy, site, registry, found):
         return Stage.WORTHWHILE, reasons
     if reasons := strategy.switched_off(registry.config):

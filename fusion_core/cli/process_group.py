@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,3 +48,10 @@ def process_group() -> Iterator[int]:
             # last collective's tensors calls std::terminate when the interpreter is ending.
             dist.barrier()
             dist.destroy_process_group()
+
+
+def command() -> str:
+    """The command that started this process under torchrun, for records of what was measured."""
+    local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    nodes = f"--nnodes {world // local} " if world > local else ""
+    return f"torchrun {nodes}--nproc-per-node {local} -m fusion_core {shlex.join(sys.argv[1:])}"

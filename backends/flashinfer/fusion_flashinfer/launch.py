@@ -93,7 +93,7 @@ def launch(
     for start in range(0, flat.shape[0], rows):
         part = slice(start, start + rows)
         given, added = flat[part], None if residual is None else residual[part]
-        # as large as the first or smaller: what that one has passed, this one does too
+        # the last part may be of so few rows that another kernel runs it, which may have failed its self-check
         ready = WORKSPACES.ready(kernel, given, group, max_tokens, pdl, mnnvl, two_shot)
         if ready is None:
             buffers = unfused(kernel, flat, residual, weight, scale, eps, weight_bias, group, options)

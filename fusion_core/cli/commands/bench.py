@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import shlex
 import sys
 import time
 import traceback
@@ -26,7 +25,7 @@ from fusion_core.benching.subject import BATCHES, CONTEXT, LAYERS, parse_batches
 from fusion_core.cli import machine
 from fusion_core.cli.options import Json, Options, Order, Strict, make_config
 from fusion_core.cli.output import Stages, print_json, show, table
-from fusion_core.cli.process_group import process_group
+from fusion_core.cli.process_group import command, process_group
 from fusion_core.errors import ConfigError, FusionError
 from fusion_core.registry import Registry
 
@@ -145,7 +144,7 @@ def bench(
         if plot is not None:
             plotting.save(plot, f"{measured}, {ranks} ranks", [text.panel(outcome, f"mode {outcome.mode}")])
         if as_json:
-            about = {"command": _command(), "machine": machine.machine(), "ranks": ranks, "subject": measured.to_dict()}
+            about = {"command": command(), "machine": machine.machine(), "ranks": ranks, "subject": measured.to_dict()}
             settings = {"dynamic": dynamic, "rounds": rounds, "round_s": seconds, "config": config.to_dict()}
             print_json({**about, **settings, "problems": list(problems), **outcome.to_dict()})
         else:
@@ -177,12 +176,6 @@ def _show(outcome: Outcome, dynamic: bool, budget: float | None) -> None:
         typer.echo(f"\n{text.drawing(outcome, ascii_only)}\n")
     for note in text.notes(outcome, dynamic, budget):
         typer.echo(note)
-
-
-def _command() -> str:
-    local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    nodes = f"--nnodes {world // local} " if world > local else ""
-    return f"torchrun {nodes}--nproc-per-node {local} -m fusion_core {shlex.join(sys.argv[1:])}"
 
 
 def _users(error: Exception) -> typer.Exit:

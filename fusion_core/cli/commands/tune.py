@@ -6,7 +6,6 @@ import contextlib
 import faulthandler
 import os
 import re
-import shlex
 import sys
 import time
 import warnings
@@ -24,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fusion_core import plotting
 from fusion_core.cli.options import Json, Options, Order, Strict, make_config
 from fusion_core.cli.output import print_json, show
-from fusion_core.cli.process_group import process_group
+from fusion_core.cli.process_group import command, process_group
 from fusion_core.errors import ConfigError
 from fusion_core.patterns.definition import Pattern
 from fusion_core.registry import Registry
@@ -185,7 +184,7 @@ def _measure(
     common = set.intersection(*map(set, ranks.gather([pattern.name for pattern in chosen])))
     chosen = [pattern for pattern in chosen if pattern.name in common]
     with _Progress(len(chosen) * len(hidden) * len(tokens), rank == 0) as progress:
-        return run(plan, ranks, clock_for(ranks, device), chosen, hidden, tokens, budget, _command(), progress.said)
+        return run(plan, ranks, clock_for(ranks, device), chosen, hidden, tokens, budget, command(), progress.said)
 
 
 def _finish(tuned: Tuned, output: Path | None, plot: Path | None, as_json: bool, seconds: float) -> None:
@@ -232,12 +231,6 @@ def _finish(tuned: Tuned, output: Path | None, plot: Path | None, as_json: bool,
         typer.echo("nothing was measured: no table was written; fusion-core backends says what can be used here")
     else:
         typer.echo(f"\n{len(tuned.table.rows) if tuned.table else 0} points in {seconds:.0f} s, written to {path}")
-
-
-def _command() -> str:
-    local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    nodes = f"--nnodes {world // local} " if world > local else ""
-    return f"torchrun {nodes}--nproc-per-node {local} -m fusion_core {shlex.join(sys.argv[1:])}"
 
 
 @contextlib.contextmanager

@@ -89,8 +89,11 @@ class Agreement:
         """Have the `gather` of every rank that still waits for this one raise `NoAgreement` at once."""
         self._store.set(ABANDONED, json.dumps(self._ours(reason).to_dict()))
 
-    def outcome(self, failure: Reason | None) -> Reason | None:
+    def outcome(self, failure: Reason | NoAgreement | None) -> Reason | None:
         """None where no rank has a failure; else the first failure that a rank reported, the same one on all ranks.
+
+        A `NoAgreement` is what this rank heard of another one, and is handed on as it stands: the reason names the rank
+        that failed, whoever is here first.
 
         A rank that does not report in time is a failure too. Whoever is first to know settles the outcome in one
         atomic write, so that a late rank cannot come to another one.
@@ -99,7 +102,7 @@ class Agreement:
         decision = f"{self._step}/decision"
         keys = [f"{self._step}/{rank}" for rank in range(self.size)]
         if failure is not None:  # before the others can see this rank: they would settle that all agree
-            self._settle(decision, self._ours(failure))
+            self._settle(decision, failure.reason if isinstance(failure, NoAgreement) else self._ours(failure))
         self._store.set(keys[self.rank], b"here")
         return self._decide(decision, keys)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fusion_core import FusionConfig, per_group, run_time
+from fusion_core.agreement import Agreement
 from fusion_core.patterns.plain import all_reduce
 from fusion_core.run_time import fallen_back
 from fusion_flashinfer import creation, launch
@@ -161,6 +163,21 @@ def one_rank_fails(rank: int, **where: Any) -> tuple[float, dict[str, str], str,
     (status,) = WORKSPACES.status()
     assert not stand_in.calls, "remembered: nobody tries again"
     return max(distance, again), fell_back(), status.state, len(stand_in.alive)
+
+
+def one_rank_fails_and_is_slow_to_say_so(rank: int) -> tuple[float, dict[str, str], str, int]:
+    """The same where the others come to the vote before the rank that failed."""
+    abandon = Agreement.abandon
+
+    def slowly(self: Agreement, reason: Any) -> None:
+        abandon(self, reason)
+        time.sleep(0.3 * (self.rank == rank))
+
+    Agreement.abandon = slowly
+    try:
+        return one_rank_fails(rank)
+    finally:
+        Agreement.abandon = abandon
 
 
 def growth_fails(rank: int) -> tuple[list[bool], str]:

@@ -119,7 +119,14 @@ def test_what_differs_between_ranks_is_copied_and_decides_nothing(two):
 )
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_without_a_workspace_sends_all_to_the_unfused_path(two, rank, where, name):
-    outcomes = two.run(jobs.one_rank_fails, rank, **where)
+    says_who_failed(two.run(jobs.one_rank_fails, rank, **where), rank, name)
+
+
+def test_the_reason_is_that_of_the_rank_that_failed_whoever_votes_first(two):
+    says_who_failed(two.run(jobs.one_rank_fails_and_is_slow_to_say_so, 0), 0, "all_reduce_add_rms_norm")
+
+
+def says_who_failed(outcomes, rank, name):
     assert len({str(reasons) for _, reasons, _, _ in outcomes}) == 1
     for distance, reasons, state, left in outcomes:
         assert distance <= 1

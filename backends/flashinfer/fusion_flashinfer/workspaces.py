@@ -144,15 +144,18 @@ class Workspaces:
         if reason := self.groups.agreement(held, "whether to make a workspace", creation.STEP).outcome(problem):
             return reason
         made, group = None, held.group()
+        failure: Reason | NoAgreement | None = None
         exchange = self.groups.agreement(held, "the exchange of a workspace's handles", creation.STEP)
         try:
             assert group is not None
             made = creation.create(exchange, group, tokens, hidden, dtype, mnnvl=mnnvl)
             synchronize(held.device)
+        except NoAgreement as error:
+            failure = error
         except Exception as error:  # noqa: BLE001  # whatever it is: the other ranks must hear of it
-            problem = Reason("workspace", f"making a workspace raised {type(error).__name__}: {error}")
+            failure = problem = Reason("workspace", f"making a workspace raised {type(error).__name__}: {error}")
             exchange.abandon(problem)
-        reason = self.groups.agreement(held, "whether the workspace came up", creation.STEP).outcome(problem)
+        reason = self.groups.agreement(held, "whether the workspace came up", creation.STEP).outcome(failure)
         if reason is not None:
             if made is not None:
                 creation.free(made)

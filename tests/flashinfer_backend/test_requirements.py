@@ -16,7 +16,7 @@ from fusion_core.testing.sites import resized, with_outputs
 from fusion_flashinfer import availability, strategies
 from fusion_flashinfer.kernels import KERNELS
 from fusion_flashinfer.limits import LIMITS, MIB, MOST, ONE_SHOT, TWO_SHOT
-from fusion_flashinfer.requirements import KernelPresent, MoreRowsThanRanks, MulticastAllowed
+from fusion_flashinfer.requirements import KernelPresent, MoreRowsThanRanks, MulticastAllowed, VectorForEachRank
 from fusion_flashinfer.strategies import STRATEGIES
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -289,9 +289,20 @@ def test_the_two_forms_and_pdl_require_the_same():
         assert by_name[f"{strategy.name}_pdl"].requires == strategy.requires
         one_shot = by_name[strategy.name.removesuffix("_two_shot")]
         assert [each for each in strategy.requires if each not in one_shot.requires] == (
-            [MoreRowsThanRanks("x")] if is_two_shot(strategy) else []
+            [VectorForEachRank("x"), MoreRowsThanRanks("x")] if is_two_shot(strategy) else []
         )
         assert [each for each in one_shot.requires if each not in strategy.requires] == []
+
+
+@pytest.mark.parametrize(("dtype", "ranks", "least"), [(BF16, 2, 16), (BF16, 8, 64), (FP32, 4, 16)])
+def test_a_row_of_a_two_shot_kernel_has_a_vector_for_each_rank(dtype, ranks, least):
+    """x of 3 x 8 on two ranks ended in FlashInfer's "not oneshot, or block_size < nranks"."""
+    (strategy,) = [s for s in PLAIN if s.name == "flashinfer.all_reduce_two_shot"]
+    site = replace(site_of(strategy), world_size=ranks)
+    site = replace(site, inputs={"x": replace(site.inputs["x"], dtype=dtype)}, outputs={})
+    assert said(strategy, sized(site, 9, least)) == []
+    words = f"x.shape[-1] is {least - 8}, needs 16 bytes for each of the {ranks} ranks"
+    assert said(strategy, sized(site, 9, least - 8)) == [words]
 
 
 def test_nvfp4_rows_are_whole_blocks_of_16():

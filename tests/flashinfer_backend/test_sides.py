@@ -17,6 +17,7 @@ from fusion_flashinfer.requirements import (
     MulticastAllowed,
     OneCluster,
     OneLaunch,
+    VectorForEachRank,
 )
 from tests.support.graphs import plugin
 from tests.testing.test_requirement_mutations import caught, changed, mutants
@@ -26,6 +27,7 @@ REQUIREMENTS = [
     OneCluster("x"),
     OneLaunch("x"),
     MoreRowsThanRanks("x"),
+    VectorForEachRank("x"),
 ]
 OF_THE_MACHINE = [
     KernelPresent("kAllReduce", 0, 0),

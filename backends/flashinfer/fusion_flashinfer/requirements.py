@@ -140,6 +140,31 @@ class OneLaunch:
 
 
 @dataclass(frozen=True)
+class VectorForEachRank:
+    """A row has as many 16-byte vectors as there are ranks: in a two-shot kernel a thread for each rank waits for it.
+
+    Source: the launch arithmetic of ``trtllm_allreduce_fusion.cuh``, which gives a short row a thread to a vector and
+    fails with "not oneshot, or block_size < nranks" otherwise.
+    """
+
+    arg: str
+
+    def unmet(self, site: Site) -> Reason | None:
+        """Why a row is too short."""
+        tensor = site.tensor(self.arg)
+        if tensor is None or not tensor.shape:
+            return None
+        size = tensor.shape[-1]
+        if not isinstance(size, int) or size * tensor.dtype.itemsize >= 16 * site.world_size:
+            return None
+        found = f"{self.arg}.shape[-1] is {size}"
+        return Reason("size", found, f"16 bytes for each of the {site.world_size} ranks", self.arg)
+
+    def __str__(self) -> str:
+        return f"16 bytes of {self.arg}.shape[-1] for each rank"
+
+
+@dataclass(frozen=True)
 class MoreRowsThanRanks:
     """More rows than ranks: FlashInfer's two-shot kernels assert it (``trtllm_ar.py``).
 

@@ -29,6 +29,7 @@ from fusion_flashinfer.requirements import (
     MulticastAllowed,
     OneCluster,
     OneLaunch,
+    VectorForEachRank,
 )
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -128,7 +129,7 @@ def _requirements(kernel: Kernel, *, mnnvl: bool, two_shot: bool) -> tuple[Requi
     if not kernel.in_parts:
         found.append(OneLaunch("x"))
     if two_shot:
-        found.append(MoreRowsThanRanks("x"))
+        found += [VectorForEachRank("x"), MoreRowsThanRanks("x")]
     if mnnvl:
         found.append(MulticastAllowed.here())
     return tuple(found)

@@ -18,6 +18,7 @@ from fusion_flashinfer.requirements import (
     MulticastAllowed,
     OneCluster,
     OneLaunch,
+    VectorForEachRank,
 )
 
 
@@ -69,6 +70,20 @@ def _(requirement: OneLaunch, site: Site) -> Sides:
     met = [_sized(site, arg, (count, hidden)) for count in (1, 0, rows)]
     met += [_sized(site, arg, (MOST // tensor.dtype.itemsize,)), _unknown(site, arg)]  # the operator looks when it runs
     unmet = [_sized(site, arg, (rows + 1, hidden)), _sized(site, arg, (MOST // tensor.dtype.itemsize + 1,))]
+    return Sides(tuple(met), tuple(unmet))
+
+
+@sides.register
+def _(requirement: VectorForEachRank, site: Site) -> Sides:
+    arg = requirement.arg
+    vector = 16 // site.inputs[arg].dtype.itemsize
+    met: list[Site] = []
+    unmet: list[Site] = []
+    for ranks in dict.fromkeys((site.world_size, 2, 4, 8)):
+        here = replace(site, world_size=ranks)
+        met += [_sized(here, arg, (ranks + 1, vector * count)) for count in (ranks, ranks + 1)]
+        unmet += [_sized(here, arg, (ranks + 1, size)) for size in (vector * (ranks - 1), vector * ranks - 1)]
+    met.append(_sized(site, arg, ()))
     return Sides(tuple(met), tuple(unmet))
 
 

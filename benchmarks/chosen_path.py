@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 benchmarks/chosen_path.py --json benchmarks/results/chosen_path_h200x2.json
 
 Microseconds that one site adds to a stream, by the method of `fusion-core tune` (fusion_core/tuning/measure.py): CUDA
-graphs of up to 30 sites, each behind a kernel that writes x anew, whose time is taken off; all columns of a point take
-turns in one run; medians, of the slowest rank.
+graphs of up to 16 sites, before each of which the GPU's caches are flushed and a kernel writes x anew, whose time is
+taken off; all columns of a point take turns in one run; medians, of the slowest rank.
 
 `compiled`
     ``torch.compile`` of the site and its producer for this size, without fusion_core: NCCL, then Inductor's kernel.

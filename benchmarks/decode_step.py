@@ -2,11 +2,14 @@
 
     torchrun --nproc-per-node 2 benchmarks/decode_step.py --json benchmarks/results/decode_step_h200x2.json
 
-The model has Llama-3-70B's layer shapes, random weights, `tp_plan="auto"` and a `StaticCache` whose position advances
+The model has the layer shapes of --shape, random weights, `tp_plan="auto"` and a `StaticCache` whose position advances
 with every step. Both sides are the same `torch.compile(..., mode="reduce-overhead", fullgraph=True, dynamic=False)` of
 the same model over the same cache; one has `backend="fusion_core"`. Rounds of plain and of fused steps take turns, the
 time of a step lies between two device events, and the slower rank counts. The record is written after every batch
-size, and none is begun that --budget has no time for. `--tiny` tries the program on two CPU processes.
+size, and none is begun that --budget has no time for. `--shape tiny` tries the program on two CPU processes.
+
+--beside adds fused sides that choose by other tables: files of `fusion-core tune`, or `none` for the backends' own
+limits.
 
 With --profile, rank 0 lists the kernels of one step of each. Exits with 1 where the fused step runs another number of
 reductions than the plain one: each fused site has one collective, and its own all_reduce is gone.
@@ -22,6 +25,7 @@ import platform
 import statistics
 import sys
 import time
+import types
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -33,19 +37,29 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 
 SHAPES = {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
+    "llama-3-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+    },
 }
-TINY = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-}
+TINY = "tiny"
 CACHE, START = 512, 16  # positions of the cache, and the one at which every round begins
 BEGAN = time.monotonic()
 
@@ -60,7 +74,7 @@ def make_model(options):
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        **(TINY if options.tiny else SHAPES),
+        **SHAPES[options.shape],
         num_hidden_layers=options.layers,
         vocab_size=options.vocab,
         rms_norm_eps=1e-5,
@@ -99,7 +113,7 @@ def fill(model):
         else:
             shard.normal_(0.0, 0.02, generator=own if sharded else common)
     if not any(hasattr(parameter, "to_local") for parameter in model.parameters()):
-        raise SystemExit("no parameter is sharded: this transformers does not split by DTensors, which --tiny shows")
+        raise SystemExit("no parameter is sharded: this transformers does not split by DTensors; see --shape tiny")
 
 
 def device():
@@ -161,20 +175,26 @@ def slower(value):
     return tensor.item()
 
 
-def compiled_steps(model, ids, cache):
-    """Two functions with code of their own, so that each has its own entry in Dynamo's cache."""
+def compiled_steps(model, ids, cache, beside):
+    """The sides by name, each with code of its own, so that each has its own entry in Dynamo's cache."""
+    import fusion_core
 
-    def plain_step(ids, cache):
+    def step(ids, cache):
         return model(ids, past_key_values=cache, use_cache=True).logits
 
-    def fused_step(ids, cache):
-        return model(ids, past_key_values=cache, use_cache=True).logits
+    def copy(name):
+        code = step.__code__.replace(co_name=name)
+        return types.FunctionType(code, globals(), name, closure=step.__closure__)
 
     same = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
-    return {
-        "plain": Steps(torch.compile(plain_step, **same), ids, cache),
-        "fused": Steps(torch.compile(fused_step, backend="fusion_core", **same), ids, cache),
+    sides = {
+        "plain": torch.compile(copy("plain"), **same),
+        "fused": torch.compile(copy("fused"), backend="fusion_core", **same),
     }
+    for index, table in enumerate(beside):
+        config = fusion_core.FusionConfig(table=table)
+        sides[table] = fusion_core.compile(copy(f"beside_{index}"), config, **same)
+    return {name: Steps(compiled, ids, cache) for name, compiled in sides.items()}
 
 
 def make_cache(model, batch):
@@ -205,8 +225,8 @@ def measure(model, batch, options):
     torch._dynamo.reset()
     counters.clear()
     ids = torch.randint(0, options.vocab, (batch, 1), generator=torch.Generator().manual_seed(batch))
-    sides = compiled_steps(model, ids.to(device()), make_cache(model, batch))
-    seconds = {}
+    sides = compiled_steps(model, ids.to(device()), make_cache(model, batch), options.beside)
+    seconds, reports = {}, {}
     for name, side in sides.items():
         before = time.monotonic()
         for _ in range(3):  # compile, warm up, record the CUDA graph
@@ -214,33 +234,47 @@ def measure(model, batch, options):
             side.step()
         synchronise()
         seconds[name] = time.monotonic() - before
+        if name != "plain":
+            reports[name] = fusion_core.last_report()
+            if reports[name] is None or reports[name] in list(reports.values())[:-1]:
+                raise SystemExit(f"{name}: fusion_core made no report: its pass did not run")
         say(f"batch {batch}: {name} compiled in {seconds[name]:.1f} s")
-    report = fusion_core.last_report()
-    if report is None:
-        raise SystemExit("fusion_core made no report: its pass did not run")
     logits = {name: side.logits() for name, side in sides.items()}
     rounds = {name: [] for name in sides}
     for turn in range(options.rounds):
-        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:  # neither always runs on the warmer chip
+        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:  # none always runs on the warmer chip
             rounds[name].append(sides[name].times(options.steps))
     # the slower rank's figure, round by round
     medians = {name: [slower(statistics.median(times)) for times in rounds[name]] for name in sides}
+    us = {name: statistics.median(found) for name, found in medians.items()}
+    report = reports["fused"]
     row = {
         "batch": batch,
-        **{f"{name}_us": round(statistics.median(medians[name]), 1) for name in sides},
-        "gain": round(statistics.median(medians["plain"]) / statistics.median(medians["fused"]), 4),
+        **{f"{name}_us": round(us[name], 1) for name in ("plain", "fused")},
+        "gain": round(us["plain"] / us["fused"], 4),
         # of neighbours in time, so that drift of the machine falls out
         "gain_by_round": [round(a / b, 4) for a, b in zip(medians["plain"], medians["fused"], strict=True)],
-        **{f"{name}_rounds_us": [round(m, 1) for m in medians[name]] for name in sides},
-        **{f"{name}_quartiles_us": quartiles(rounds[name]) for name in sides},
+        **{f"{name}_rounds_us": [round(m, 1) for m in medians[name]] for name in ("plain", "fused")},
+        **{f"{name}_quartiles_us": quartiles(rounds[name]) for name in ("plain", "fused")},
         "sites": len(report.sites),
         "fused_sites": len(report.fused),
-        "strategies": dict(Counter(f"{site.pattern}: {site.strategy}" for site in report.sites)),
+        "strategies": strategies(report),
+        "beside": {
+            name: {
+                "us": round(us[name], 1),
+                "gain": round(us["plain"] / us[name], 4),
+                "rounds_us": [round(m, 1) for m in medians[name]],
+                "strategies": strategies(reports[name]),
+            }
+            for name in options.beside
+        },
         "logits": difference(logits["plain"], logits["fused"]),
         "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
         "compile_s": {name: round(s, 1) for name, s in seconds.items()},
     }
     say(f"batch {batch}: plain {row['plain_us']} µs, fused {row['fused_us']} µs, gain {row['gain']}")
+    for name, other in row["beside"].items():
+        say(f"batch {batch}: {name} {other['us']} µs, gain {other['gain']}, {other['strategies']}")
     if row["cudagraph_skips"]:
         say(
             f"batch {batch}: CUDA graphs were skipped {row['cudagraph_skips']} times: the times are not those of graphs"
@@ -249,6 +283,11 @@ def measure(model, batch, options):
         row["kernels"] = {name: kernels(side) for name, side in sides.items()}
         row["reductions"] = {name: reductions(row["kernels"][name]) for name in sides}
     return row
+
+
+def strategies(report):
+    """How often each runs, by pattern."""
+    return dict(Counter(f"{site.pattern}: {site.strategy}" for site in report.sites))
 
 
 def quartiles(rounds):
@@ -352,7 +391,8 @@ def run(options):
         "transformers": transformers.__version__,
         "layers": options.layers,
         "vocab": options.vocab,
-        "shapes": TINY if options.tiny else SHAPES,
+        "shape": options.shape,
+        "shapes": SHAPES[options.shape],
         "steps": options.steps,
         "rounds": options.rounds,
         "left_out": [],
@@ -398,9 +438,10 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=Path, help="a Markdown file for the kernels of a step")
     parser.add_argument("--budget", type=float, default=480, help="seconds")
-    parser.add_argument("--tiny", action="store_true", help="small shapes; for two CPU processes")
+    parser.add_argument("--shape", choices=list(SHAPES), default="llama-3-70b")
+    parser.add_argument("--beside", nargs="+", default=[], metavar="TABLE", help="other tables, or none")
     options = parser.parse_args()
-    if options.tiny:
+    if options.shape == TINY:
         options.vocab = min(options.vocab, 512)
     if START + options.steps + 3 > CACHE:
         parser.error(f"--steps is {options.steps}, needs at most {CACHE - START - 3}")
@@ -409,10 +450,10 @@ def main():
         rank = int(os.environ["LOCAL_RANK"])
         torch.cuda.set_device(rank)
         dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
-    elif options.tiny:
+    elif options.shape == TINY:
         dist.init_process_group("gloo")
     else:
-        print("found no GPU; --tiny tries the program on CPUs", file=sys.stderr)
+        print("found no GPU; --shape tiny tries the program on CPUs", file=sys.stderr)
         sys.exit(2)
     code = torch.tensor(run(options), device=device())
     dist.broadcast(code, 0)

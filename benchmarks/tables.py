@@ -93,8 +93,17 @@ def decode_step(record):
                 f"{row['logits']['largest_over_largest_logit']:.3f}",
             ]
         )
-    left_out = f"\n\nLeft out for want of time: batch {record['left_out']}." if record["left_out"] else ""
-    return f"{record['layers']} layers, {record['ranks']} GPUs:\n\n{markdown(heads, lines)}{left_out}"
+    parts = [f"{record['layers']} layers, {record['ranks']} GPUs:", markdown(heads, lines)]
+    beside = [
+        [row["batch"], name, other["us"], f"{other['gain']:.3f}×", ", ".join(f"`{ran}`" for ran in other["strategies"])]
+        for row in record["rows"]
+        for name, other in row.get("beside", {}).items()
+    ]
+    if beside:
+        parts += ["By other tables:", markdown(["batch", "table", "µs", "gain", "what ran"], beside)]
+    if record["left_out"]:
+        parts.append(f"Left out for want of time: batch {record['left_out']}.")
+    return "\n\n".join(parts)
 
 
 def chosen_path(record):

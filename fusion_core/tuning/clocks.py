@@ -16,6 +16,8 @@ from fusion_core.tuning.ranks import Ranks
 Run = Callable[[], object]
 
 MIB = 1 << 20
+BEHIND_L2 = 256 * MIB
+"""Of the memory that caches for all dies of an AMD MI300X or MI355X behind their L2; torch does not report it."""
 AHEAD = 600_000
 """GPU cycles for which a replay is held back, so that the CPU's launches are not timed."""
 
@@ -25,6 +27,10 @@ class Clock(Protocol):
 
     def sites(self, size: int) -> int:
         """How many sites a run should have whose x has ``size`` bytes."""
+        ...
+
+    def flush(self) -> None:
+        """Push out of the device's caches what a model has pushed out by the time it comes to its next site."""
         ...
 
     def record(self, run: Run) -> Run:
@@ -56,12 +62,24 @@ class GraphClock:
         self._device = device
         self._token = torch.zeros(1, device=device)
         self._stream = torch.cuda.Stream(device)
+        cached = torch.cuda.get_device_properties(device).L2_cache_size
+        cached = max(cached, BEHIND_L2) if torch.version.hip else cached
+        self._others = torch.zeros(2, cached * 5 // 8, dtype=torch.uint8, device=device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._pool: Any = None
 
     def sites(self, size: int) -> int:
-        """30, as deep as what hides launches within a graph; fewer where one takes long by itself."""
-        return max(4, min(30, 480 * MIB // size))
+        """16, with which the ends of a run weigh little; fewer where one takes long by itself."""
+        return max(4, min(16, 480 * MIB // size))
+
+    def flush(self) -> None:
+        """Copy a little more than the GPU caches, by one node of a graph: what a site needs comes from memory then.
+
+        Without it a chain of sites has everything at hand, and a path of two kernels looks better in it than it is in a
+        model (benchmarks/README.md, "A cold site"). A reduction would bring a memset into the graph, which starts
+        sooner in one graph than in another.
+        """
+        self._others[0].copy_(self._others[1])
 
     def record(self, run: Run) -> Run:
         """A graph's replay. The graphs of a point share their memory: nothing of one is needed after another."""
@@ -133,6 +151,9 @@ class WallClock:
     def sites(self, size: int) -> int:
         """Few: a collective on the CPU is long beside the clock."""
         return 5 if size <= MIB else 1
+
+    def flush(self) -> None:
+        """Nothing: the processes of one CPU share its caches, and a collective takes longer than what they save."""
 
     def record(self, run: Run) -> Run:
         """The run itself."""

@@ -1,9 +1,9 @@
 """What each way to run one place takes, beside the unfused path, at one size.
 
-A run is a chain of sites. Each begins with a producer, one kernel that writes x anew, as a model's matrix product does:
-so the unfused path may reduce x in place, as Inductor does with a buffer of its graph, and no path pays for a copy that
-another is spared. A run of producers alone is timed too, and taken off. What a site adds to the residual is the next
-site's residual.
+A run is a chain of sites. Before each the device's caches are flushed, as the weights between two sites of a model do,
+and a producer, one kernel, writes x anew, as a model's matrix product does: so the unfused path may reduce x in place,
+as Inductor does with a buffer of its graph, and no path pays for a copy that another is spared. A run of flushes and
+producers alone is timed too, and taken off. What a site adds to the residual is the next site's residual.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Bench:
         for rank, shortage in enumerate(shortages):
             if shortage is not None:
                 return Measured({}, {UNFUSED: f"rank {rank}: {shortage}, needs {COPIES * size / 2**20:.0f} MiB"})
-        point = _Point(self._plan, self._ranks, pattern, main)
+        point = _Point(self._plan, self._ranks, self._clock, pattern, main)
         for step in (partial(self._warm_up, pattern, columns, hidden), point.make):
             _, why = self._ranks.attempt(step)
             if why is not None:
@@ -217,9 +217,10 @@ class Bench:
 class _Point:
     """The tensors of one point, and runs over them."""
 
-    def __init__(self, plan: Plan, ranks: Ranks, pattern: Pattern, site: Site) -> None:
+    def __init__(self, plan: Plan, ranks: Ranks, clock: Clock, pattern: Pattern, site: Site) -> None:
         self._plan = plan
         self._ranks = ranks
+        self._clock = clock
         self._pattern = pattern
         self._site = site
         self._references: dict[Form, list[Tensor]] = {}
@@ -274,6 +275,7 @@ class _Point:
         def run() -> None:
             others = list(self._others)
             for _ in range(sites):
+                self._clock.flush()
                 if not produces:
                     self.produce()
                 if call is None:

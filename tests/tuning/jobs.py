@@ -27,11 +27,14 @@ class Clock(WallClock):
     def __init__(self, ranks, short=None):
         super().__init__(ranks)
         self.short = short
-        self.asked, self.recorded, self.dropped = [], 0, 0
+        self.asked, self.recorded, self.dropped, self.flushed = [], 0, 0, 0
 
     def shortage(self, size):
         self.asked.append(size)
         return self.short
+
+    def flush(self):
+        self.flushed += 1
 
     def record(self, run):
         run()
@@ -54,6 +57,15 @@ def measured(pattern, hidden, tokens, without=(), order=("acme",), dtype=DTYPE):
     clock = Clock(ranks)
     found = Bench(plan, ranks, clock, tokens).measure(plan.registry.patterns[pattern], hidden, tokens, without)
     return found.us, found.notes, clock.recorded, clock.dropped
+
+
+def flushed():
+    """How often the caches were flushed in the runs of a point as they were recorded, and how many sites those have."""
+    ranks, plan = _plan()
+    clock = Clock(ranks)
+    clock.times = lambda runs, size: dict.fromkeys(runs, 1.0)
+    Bench(plan, ranks, clock, 4).measure(plan.registry.patterns["all_reduce"], 64, 4)
+    return clock.flushed, clock.recorded * clock.sites(64 * 4 * 4)
 
 
 def measured_where_memory_is_short():

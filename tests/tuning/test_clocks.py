@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusion_core.tuning import clocks
 from fusion_core.tuning.clocks import GraphClock
@@ -54,6 +55,7 @@ def said(monkeypatch):
         memory_allocated=lambda device: 2 << 20,
         mem_get_info=lambda device: (4 << 20, 100 << 20),
         _sleep=lambda cycles: found.append("sleep"),
+        get_device_properties=lambda device: SimpleNamespace(L2_cache_size=4 << 20),
     )
     monkeypatch.setattr(clocks.torch, "cuda", stand_in)
     monkeypatch.setattr(clocks.dist, "all_reduce", lambda token, group: found.append("meet"))
@@ -91,6 +93,30 @@ def test_a_capture_that_breaks_off_is_ended_and_says_why(clock, said):
     assert ("begin", 1, "thread_local") in said  # not into what is left of the first
     clock.drop()
     assert said.count("reset") == 1
+
+
+class Copies(TorchDispatchMode):
+    """The bytes that each operator reads and writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten.copy_.default:
+            to, of = args[:2]
+            self.found.append(to.nbytes + of.nbytes)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("hip", "cached"), [(None, 4 << 20), ("7.2", 256 << 20)])
+def test_a_flush_copies_more_than_the_caches_hold(said, monkeypatch, hip, cached):
+    monkeypatch.setattr(clocks.torch.version, "hip", hip)
+    clock = GraphClock(SimpleNamespace(group=None, meet=lambda: None), DEVICE)
+    with Copies() as copies:
+        clock.flush()
+    (moved,) = copies.found
+    assert cached < moved < 1.5 * cached
 
 
 def test_runs_take_turns_and_ranks_meet_before_what_is_timed(clock, said):

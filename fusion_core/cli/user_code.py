@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -13,9 +14,12 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+import typer
+
 from fusion_core.errors import ConfigError
 
 _CLI = str(Path(__file__).parent)
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,14 @@ def as_call(returned: Any, spec: str) -> Call:
     return Call(model, tuple(args), kwargs)
 
 
-def own_traceback(error: BaseException) -> str:
-    """A traceback that starts where the command line's own code ends."""
+def failed(error: BaseException) -> typer.Exit:
+    """Show what the user's own code raised, from where fusion_core's ends; the end of the command."""
     trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename.startswith(_CLI):
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
         trace = trace.tb_next
-    return "".join(traceback.format_exception(type(error), error, trace))
+    lines = traceback.format_exception(type(error), error, trace or error.__traceback__)
+    typer.echo("".join(lines), err=True, nl=False)
+    if "default process group twice" in str(error):
+        found = "a process group is there already, needs a check of torch.distributed.is_initialized()"
+        typer.echo(f"fusion-core: {found}", err=True)
+    return typer.Exit(1)

@@ -7,7 +7,6 @@ import faulthandler
 import os
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Iterator
 from enum import StrEnum
@@ -26,10 +25,9 @@ from fusion_core.cli import machine
 from fusion_core.cli.options import Json, Options, Order, Strict, make_config
 from fusion_core.cli.output import Stages, print_json, show, table
 from fusion_core.cli.process_group import command, process_group
+from fusion_core.cli.user_code import failed
 from fusion_core.errors import ConfigError, FusionError
 from fusion_core.registry import Registry
-
-_PACKAGE = str(Path(__file__).parents[2])
 
 
 class Mode(StrEnum):
@@ -138,7 +136,7 @@ def bench(
             except FusionError:
                 raise
             except Exception as error:
-                raise _users(error) from error
+                raise failed(error) from error
     problems = outcome.problems(fail_below)
     if rank == 0:
         if plot is not None:
@@ -176,15 +174,6 @@ def _show(outcome: Outcome, dynamic: bool, budget: float | None) -> None:
         typer.echo(f"\n{text.drawing(outcome, ascii_only)}\n")
     for note in text.notes(outcome, dynamic, budget):
         typer.echo(note)
-
-
-def _users(error: Exception) -> typer.Exit:
-    """Shows a traceback that starts in the user's own code."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
-        trace = trace.tb_next
-    typer.echo("".join(traceback.format_exception(type(error), error, trace)), err=True, nl=False)
-    return typer.Exit(1)
 
 
 class _Progress:

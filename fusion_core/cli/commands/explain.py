@@ -16,7 +16,7 @@ import fusion_core
 from fusion_core.cli.options import Json, Options, Order, Strict, make_config
 from fusion_core.cli.output import print_json
 from fusion_core.cli.process_group import process_group
-from fusion_core.cli.user_code import as_call, find, own_traceback
+from fusion_core.cli.user_code import as_call, failed, find
 from fusion_core.config import FusionConfig
 from fusion_core.errors import ConfigError
 from fusion_core.registry import Registry
@@ -69,22 +69,11 @@ def _run(spec: str, build: Callable[[], Any], config: FusionConfig) -> Report:
     try:
         returned = build()
     except Exception as error:
-        raise _users(error) from error
+        raise failed(error) from error
     call = as_call(returned, spec)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fusion_core: backend", RuntimeWarning)
             return fusion_core.explain(call.model, *call.args, config=config, **call.kwargs)
     except Exception as error:
-        raise _users(error) from error
-
-
-def _users(error: Exception) -> typer.Exit:
-    """Shows a traceback of the user's own code."""
-    typer.echo(own_traceback(error), err=True, nl=False)
-    if "default process group twice" in str(error):
-        typer.echo(
-            "fusion-core: a process group is there already, needs a check of torch.distributed.is_initialized()",
-            err=True,
-        )
-    return typer.Exit(1)
+        raise failed(error) from error

@@ -7,6 +7,7 @@ bar is missed. `benchmarks/README.md` says what the numbers mean.
 """
 
 import argparse
+import compileall
 import contextlib
 import copy
 import datetime
@@ -20,7 +21,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -223,7 +225,8 @@ def in_fresh_process(layers, parallel, repeats):
     """`measure`, or `repeat`, in a process of its own with an empty compile cache."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("FUSION_CORE_")}
+        ours = ("FUSION_CORE_", "PYTHONDONTWRITEBYTECODE")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         environment |= {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         arguments = ["--case", str(layers), str(int(parallel)), "--repeats", str(repeats), "--json", str(out)]
         load_before = os.getloadavg()[0]
@@ -311,6 +314,11 @@ def main():
         result = repeat(layers, parallel, options.repeats) if options.repeats else measure(layers, parallel)
         options.json.write_text(json.dumps(result))
         return 0
+    from fusion_core.registry import GROUP
+
+    for package in ("fusion_core", *(point.module for point in entry_points(group=GROUP))):
+        # as pip does with what it installs; else our share would have Python's compiler in it
+        compileall.compile_dir(Path(find_spec(package).origin).parent, quiet=1)
     record = {"machine": machine(), "cases": []}
     for layers, parallel in [*((layers, True) for layers in options.layers), (options.layers[0], False)]:
         case = in_fresh_process(layers, parallel, 0) | in_fresh_process(layers, parallel, options.repeats)

@@ -7,6 +7,7 @@ and waits leave the meaning as it is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -182,6 +183,12 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
     """The shape of a node's tensor; empty for what is no tensor."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+@functools.cache
+def promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """`torch.promote_types`, for which the fake mode that Inductor runs passes under takes 0.03 ms each time."""
+    return torch.promote_types(one, other)
 
 
 def dtype_of(node: fx.Node) -> torch.dtype | None:

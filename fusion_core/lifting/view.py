@@ -14,7 +14,7 @@ from fusion_core.dialects.aten import RULES, casts, views
 from fusion_core.dialects.aten.casts import keeps_value
 from fusion_core.lifting.collectives import all_reduces
 from fusion_core.lifting.fp8 import fp8_terms, is_quantising_cast, reach
-from fusion_core.lifting.meaning import Meaning, dtype_of, one_element, same_shape, same_size, shape_of
+from fusion_core.lifting.meaning import Meaning, dtype_of, one_element, promoted, same_shape, same_size, shape_of
 from fusion_core.lifting.norm import Norm, as_norm, root_of, split_weight
 from fusion_core.lifting.readings import Readings
 from fusion_core.lifting.rule import Rule, is_cheap
@@ -339,5 +339,5 @@ def _is_short(node: fx.Node) -> bool:
 def _sum_dtype(node: fx.Node, x: Value, residual: Value) -> torch.dtype | None:
     """The dtype of a sum where it is not the one that torch's promotion gives."""
     dtypes = [dtype_of(operand) for operand in (x, residual) if isinstance(operand, fx.Node)]
-    promoted = torch.promote_types(dtypes[0], dtypes[-1])  # type: ignore[arg-type]
-    return None if (dtype := dtype_of(node)) == promoted else dtype
+    usual = promoted(dtypes[0], dtypes[-1])
+    return None if (dtype := dtype_of(node)) == usual else dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fusion_core.lifting.meaning import Meaning, dtype_of, same_shape, shape_of
+from fusion_core.lifting.meaning import Meaning, dtype_of, promoted, same_shape, shape_of
 from fusion_core.lifting.rule import FLOATS, Read, Rules
 from fusion_core.reason import Reason
 
@@ -19,7 +19,7 @@ def _cast(node: fx.Node, read: Read) -> Meaning | Reason | None:
     if source not in FLOATS or target not in FLOATS:
         return None
     meaning = read(node.args[0])
-    if torch.promote_types(source, target) == target:
+    if promoted(source, target) == target:
         return meaning  # every value is kept
     # rounding a tensor makes another tensor; rounding inside a product is a choice of its spelling
     if meaning.multiple is None:
@@ -57,4 +57,4 @@ def _full(node: fx.Node, read: Read) -> Meaning | None:
 def keeps_value(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node that reads as ``source`` reads has each of its values, and not a rounded one."""
     before, after = dtype_of(source), dtype_of(node)
-    return before is not None and after is not None and torch.promote_types(before, after) == after
+    return before is not None and after is not None and promoted(before, after) == after

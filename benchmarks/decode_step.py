@@ -26,7 +26,6 @@ import statistics
 import sys
 import time
 import types
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -34,32 +33,9 @@ import launch_environment  # before torch
 import tables
 import torch
 import torch.distributed as dist
-from torch.autograd import DeviceType
+from llama import SHAPES, TINY, device, make_cache, make_model, synchronise
+from step_kernels import check_reductions, kernels, profile_text, reductions
 
-SHAPES = {
-    "llama-3-70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-    "llama-3-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-    "tiny": {
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
-    },
-}
-TINY = "tiny"
 CACHE, START = 512, 16  # positions of the cache, and the one at which every round begins
 BEGAN = time.monotonic()
 
@@ -67,57 +43,6 @@ BEGAN = time.monotonic()
 def say(*words):
     if dist.get_rank() == 0:
         print(f"[{time.monotonic() - BEGAN:6.1f} s]", *words, flush=True)
-
-
-def make_model(options):
-    """Random weights on every rank, without a checkpoint: `from_pretrained` is given zeros that take no memory."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        **SHAPES[options.shape],
-        num_hidden_layers=options.layers,
-        vocab_size=options.vocab,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        tie_word_embeddings=False,
-    )
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
-    zeros = {name: torch.zeros((), dtype=torch.bfloat16).expand(meta.shape) for name, meta in shapes.items()}
-    with warnings.catch_warnings():
-        # transformers 5.23 has a new spelling for it; this is the one that all of 5.x takes
-        warnings.filterwarnings("ignore", "Passing `tp_plan` directly", FutureWarning)
-        model = LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=zeros, tp_plan="auto", dtype=torch.bfloat16
-        ).eval()
-    fill(model)
-    return model
-
-
-@torch.no_grad()
-def fill(model):
-    """Weights of N(0, 0.02): a shard from a seed of the rank's own, what every rank has whole from a common one."""
-    own, common = (torch.Generator(device()).manual_seed(seed) for seed in (1 + dist.get_rank(), 0))
-    for name, parameter in model.named_parameters():
-        sharded = hasattr(parameter, "to_local")
-        shard = parameter.to_local() if sharded else parameter.data
-        if shard.device != device():
-            raise SystemExit(f"{name} was loaded to {shard.device}, needs {device()}")
-        if not shard.is_contiguous():  # still the zeros that share one element
-            if sharded:
-                raise SystemExit(f"the shard of {name} has strides {shard.stride()}, needs contiguous memory")
-            parameter.data = shard = torch.empty(shard.shape, dtype=shard.dtype, device=device())
-        if shard.dim() == 1:
-            shard.fill_(1.0)  # norms
-        else:
-            shard.normal_(0.0, 0.02, generator=own if sharded else common)
-    if not any(hasattr(parameter, "to_local") for parameter in model.parameters()):
-        raise SystemExit("no parameter is sharded: this transformers does not split by DTensors; see --shape tiny")
-
-
-def device():
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class Steps:
@@ -163,11 +88,6 @@ class Steps:
         return [(b - a) * 1e6 for a, b in itertools.pairwise(clock)]
 
 
-def synchronise():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def slower(value):
     """The largest of all ranks."""
     tensor = torch.tensor(value, dtype=torch.float64, device=device())
@@ -197,16 +117,6 @@ def compiled_steps(model, ids, cache, beside):
     return {name: Steps(compiled, ids, cache) for name, compiled in sides.items()}
 
 
-def make_cache(model, batch):
-    from transformers import StaticCache
-
-    config = model.config
-    heads = config.num_key_value_heads // dist.get_world_size()
-    cache = StaticCache(config=config, max_cache_len=CACHE)
-    cache.early_initialization(batch, heads, config.head_dim, torch.bfloat16, device())
-    return cache
-
-
 def difference(plain, fused):
     """How far apart the logits of the same step are: both round, in another order, so that neither is the truth."""
     return {
@@ -225,7 +135,7 @@ def measure(model, batch, options):
     torch._dynamo.reset()
     counters.clear()
     ids = torch.randint(0, options.vocab, (batch, 1), generator=torch.Generator().manual_seed(batch))
-    sides = compiled_steps(model, ids.to(device()), make_cache(model, batch), options.beside)
+    sides = compiled_steps(model, ids.to(device()), make_cache(model, batch, CACHE), options.beside)
     seconds, reports = {}, {}
     for name, side in sides.items():
         before = time.monotonic()
@@ -295,71 +205,6 @@ def quartiles(rounds):
     return [round(q, 1) for q in statistics.quantiles([t for times in rounds for t in times], n=4)]
 
 
-def kernels(side):
-    """``[name, count, microseconds]`` of one step, the longest first; every rank steps, rank 0 alone looks."""
-    side.rewind()
-    side.step()
-    synchronise()
-    dist.barrier()
-    if dist.get_rank() != 0:
-        side.step()
-        synchronise()
-        dist.barrier()
-        return []
-    kind = "CUDA" if side.ids.is_cuda else "CPU"
-    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
-        side.step()
-        synchronise()
-    dist.barrier()
-    found = [
-        [event.key, event.count, round(event.self_device_time_total if kind == "CUDA" else event.cpu_time_total, 1)]
-        for event in profile.key_averages()
-        if (event.device_type == DeviceType.CUDA if kind == "CUDA" else event.key.startswith("gloo:"))
-    ]
-    return sorted(found, key=lambda row: -row[2])
-
-
-def reductions(table):
-    """How many collectives that sum, by whose they are."""
-    counts = Counter()
-    for name, count, _ in table:
-        if "allreduce_fusion" in name:
-            counts["flashinfer"] += count
-        elif ("nccl" in name.lower() and "allreduce" in name.lower()) or name == "gloo:all_reduce":
-            counts["nccl"] += count
-    return dict(counts)
-
-
-def check_reductions(rows):
-    """What is wrong with the numbers of collectives, as text."""
-    for row in rows:
-        if "reductions" not in row:
-            continue
-        plain, fused = (Counter(row["reductions"][name]) for name in ("plain", "fused"))
-        where = f"batch {row['batch']}"
-        by_flashinfer = any("flashinfer." in name for name in row["strategies"])
-        if plain["nccl"] != row["sites"]:
-            yield f"{where}: the plain step runs {plain['nccl']} all_reduces, needs {row['sites']}, one a site"
-        if fused.total() != row["sites"]:
-            yield f"{where}: the fused step runs {fused.total()} reductions, needs {row['sites']}, one a site"
-        if fused["flashinfer"] and fused["flashinfer"] != row["fused_sites"]:
-            yield f"{where}: {fused['flashinfer']} fused kernels run, needs {row['fused_sites']}, one a site"
-        if by_flashinfer and not fused["flashinfer"]:
-            yield f"{where}: FlashInfer was chosen and none of its kernels runs (its unfused branch, at this size?)"
-
-
-def profile_text(record):
-    """The kernels of a step as Markdown."""
-    lines = [f"# Kernels of one decode step\n\n{record['machine']}, `{record['command']}`\n"]
-    for row in record["rows"]:
-        for name, table in row.get("kernels", {}).items():
-            total = sum(time for _, _, time in table)
-            lines.append(f"\n## batch {row['batch']}, {name}: {sum(n for _, n, _ in table)} kernels, {total:.0f} µs\n")
-            lines.append(f"Reductions: {row['reductions'][name]}\n\n| kernel | count | µs |\n|---|--:|--:|")
-            lines += [f"| `{kernel[:120].replace('|', '/')}` | {count} | {time} |" for kernel, count, time in table]
-    return "\n".join(lines) + "\n"
-
-
 def enough_time(longest, options):
     """Whether another batch size fits, as rank 0 sees it."""
     spent = time.monotonic() - BEGAN
@@ -377,7 +222,7 @@ def run(options):
     transformers.utils.logging.disable_progress_bar()
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     say(f"loading {options.layers} layers on {dist.get_world_size()} ranks")
-    model = make_model(options)
+    model = make_model(options.shape, options.layers, options.vocab)
     synchronise()
     say("loaded")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.processor()})"

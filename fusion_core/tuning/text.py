@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from rich.table import Table as Grid
@@ -49,20 +50,29 @@ def drawings(measured: Table, *, ascii_only: bool) -> Iterator[str]:
 
 
 def notes(found: Sequence[Note]) -> Iterator[str]:
-    """A line for each path that is missing somewhere: at which patterns and sizes, and why at the first of them."""
-    places: dict[tuple[str, str], list[Note]] = {}
+    """A line for each reason and the places that it holds at: which paths of which patterns have no figure there."""
+    places: dict[tuple[str, str, str], list[Note]] = {}
     for note in found:
-        places.setdefault((note.path, note.pattern), []).append(note)
-    lines: dict[tuple[str, str, str], list[str]] = {}
-    for (path, pattern), own in places.items():
+        kind = re.sub(r"\d+(\.\d+)?", "#", note.why)  # as it is at one size after another
+        places.setdefault((kind, note.path, note.pattern), []).append(note)
+    lines: dict[tuple[str, bool, str], tuple[str, list[str], list[str]]] = {}
+    for (kind, path, pattern), own in places.items():
         counts: dict[str, list[str]] = {}
         for hidden in dict.fromkeys(note.hidden for note in own):
             counts.setdefault(_few(sorted(n.tokens for n in own if n.hidden == hidden)), []).append(str(hidden))
         where = "; ".join(f"hidden {', '.join(sizes)}, tokens {few}" for few, sizes in counts.items())
-        lines.setdefault((path, where, own[0].why), []).append(pattern)
-    for (path, where, why), patterns in lines.items():
-        what = "no figures" if path == UNFUSED else f"no figure of {path}"
-        yield f"{what} for {', '.join(patterns)} at {where}: {why}"
+        _, paths, patterns = lines.setdefault((kind, path == UNFUSED, where), (own[0].why, [], []))
+        paths.append(path)
+        patterns.append(pattern)
+    for (_, whole, where), (why, paths, patterns) in lines.items():
+        what = "no figures" if whole else f"no figure of {_names(paths)}"
+        yield f"{what} for {_names(patterns)} at {where}: {why}"
+
+
+def _names(found: Sequence[str]) -> str:
+    """The first two, and how many more: ``--json`` has all of them, point by point."""
+    first, more = [*dict.fromkeys(found)][:2], len({*found}) - 2
+    return f"{', '.join(first)} and {more} more" if more > 0 else ", ".join(first)
 
 
 def _few(counts: Sequence[int]) -> str:

@@ -49,7 +49,11 @@ def explain(model: Callable[..., Any], *args: Any, config: FusionConfig | None =
     sites = tuple(site for report in found for site in report.sites)
     merges = tuple(merge for report in found for merge in report.merges)
     disagreements = {group: reasons for report in found for group, reasons in report.disagreements.items()}
-    return dataclasses.replace(fullest, sites=sites, merges=merges, disagreements=disagreements)
+    tables = {group: table for report in found for group, table in report.tables.items()}
+    untuned = {group: reasons for report in found for group, reasons in report.untuned.items()}
+    return dataclasses.replace(
+        fullest, sites=sites, merges=merges, disagreements=disagreements, tables=tables, untuned=untuned
+    )
 
 
 def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

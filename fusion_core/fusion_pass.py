@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import warnings
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from fusion_core.decide import Decision, Verdict, judge
 from fusion_core.emit import Emitter
 from fusion_core.errors import BackendError
 from fusion_core.fingerprint import fingerprint, states, tables, version
-from fusion_core.groups import group_name
+from fusion_core.groups import group_name, world_size
+from fusion_core.known_faster import TUNE
 from fusion_core.lifting.collectives import all_reduces, has_all_reduce
 from fusion_core.lifting.readings import Readings
 from fusion_core.lifting.view import LiftedGraph
@@ -29,6 +31,7 @@ from fusion_core.registry import Registry
 from fusion_core.report import Merge, Report, SiteReport, site_attributes
 from fusion_core.site import Device
 from fusion_core.tracing import Unplaceable
+from fusion_core.tuning.store import NONE
 
 
 class FusionPass(CustomGraphPass):
@@ -93,7 +96,7 @@ class FusionPass(CustomGraphPass):
         device = _device(graph)
         readings = Readings(self.registry.dialects)
         if not has_all_reduce(graph, readings):
-            return self._report((), (), device, {})
+            return self._report((), (), device)
         named = [term.operands["group"] for _, term in all_reduces(graph, readings)]
         groups = [group for group in dict.fromkeys(named) if isinstance(group, str)]
         common = self._agreed(groups)
@@ -121,7 +124,7 @@ class FusionPass(CustomGraphPass):
             site = self._settle(anchor, verdict, emitter, left > 0)
             left -= site.strategy is not None
             sites.append(site)
-        return self._report(tuple(sites), merges, device, common.reasons(groups))
+        return self._report(tuple(sites), merges, device, common.reasons(groups), *self._tables(groups, common, device))
 
     def _settle(self, anchor: fx.Node, verdict: Verdict, emitter: Emitter, may_rewrite: bool) -> SiteReport:
         """Rewrite one site by the first candidate that can be placed; what became of every strategy."""
@@ -158,12 +161,32 @@ class FusionPass(CustomGraphPass):
         strategy, choices = (None, ()) if chosen is None else (chosen.strategy.name, chosen.choices)
         return SiteReport(pattern, strategy, label, attributes, decisions, choices)
 
+    def _tables(
+        self, groups: Iterable[str], common: Common, device: Device
+    ) -> tuple[dict[str, str], dict[str, tuple[Reason, ...]]]:
+        """Which tuning table decides in each process group; why none does on a GPU, where it might."""
+        used: dict[str, str] = {}
+        untuned: dict[str, tuple[Reason, ...]] = {}
+        for group in groups:
+            registry, size = common.registry(self.registry, group), world_size(group)
+            if size is None or not registry.backends:
+                continue
+            found = registry.found_table(device, size)
+            if found.table is not None:
+                used[group] = found.origin
+            elif device.type == "cuda" and size > 1 and self.config.table != NONE and not common.reasons((group,)):
+                nothing = Reason("table", f"none for {size} ranks on {device}", "one", hint=TUNE)
+                untuned[group] = found.problems or (nothing,)
+        return used, untuned
+
     def _report(
         self,
         sites: tuple[SiteReport, ...],
         merges: tuple[Merge, ...],
         device: Device,
-        disagreements: Mapping[str, tuple[Reason, ...]],
+        disagreements: Mapping[str, tuple[Reason, ...]] = MappingProxyType({}),
+        tables: Mapping[str, str] = MappingProxyType({}),
+        untuned: Mapping[str, tuple[Reason, ...]] = MappingProxyType({}),
     ) -> Report:
         registry = self.registry
         return Report(
@@ -179,6 +202,8 @@ class FusionPass(CustomGraphPass):
             {"fusion_core": version(), "torch": torch.__version__},
             merges,
             disagreements,
+            tables,
+            untuned,
         )
 
     def uuid(self) -> str | None:

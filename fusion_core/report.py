@@ -80,6 +80,8 @@ class Report:
         versions: Of torch and fusion_core at that time.
         merges: All_reduces whose results are added together: made one, or why not.
         disagreements: Process groups whose ranks differ → in what, and what is not used there for it.
+        tables: Process groups → where the tuning table comes from that decided there.
+        untuned: Process groups on GPUs where none did, though the user wants one → why.
     """
 
     sites: tuple[SiteReport, ...]
@@ -92,6 +94,8 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     merges: tuple[Merge, ...] = ()
     disagreements: Mapping[str, tuple[Reason, ...]] = field(default_factory=dict)
+    tables: Mapping[str, str] = field(default_factory=dict)
+    untuned: Mapping[str, tuple[Reason, ...]] = field(default_factory=dict)
 
     @property
     def fused(self) -> tuple[SiteReport, ...]:
@@ -119,6 +123,8 @@ class Report:
             "disagreements": {
                 group: [reason.to_dict() for reason in reasons] for group, reasons in self.disagreements.items()
             },
+            "tables": dict(self.tables),
+            "untuned": {group: [reason.to_dict() for reason in reasons] for group, reasons in self.untuned.items()},
             "merges": [
                 {"nodes": list(merge.nodes), "reasons": [reason.to_dict() for reason in merge.reasons]}
                 for merge in self.merges
@@ -193,6 +199,8 @@ class Report:
             data["versions"],
             tuple(Merge(tuple(merge["nodes"]), reasons(merge["reasons"])) for merge in data.get("merges", ())),
             {group: reasons(items) for group, items in data.get("disagreements", {}).items()},
+            data.get("tables", {}),
+            {group: reasons(items) for group, items in data.get("untuned", {}).items()},
         )
 
     def to_html(self, path: str | os.PathLike[str]) -> None:

@@ -7,7 +7,7 @@ from html import escape
 
 from fusion_core.reason import Stage
 from fusion_core.report import Report, SiteReport
-from fusion_core.report_text import disagreements, facts, headline, merges
+from fusion_core.report_text import disagreements, facts, headline, merges, tables
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1c1c1c; }
@@ -35,6 +35,7 @@ def page(report: Report) -> str:
         f"<h1>{title}</h1>",
         f'<p class="quiet">{made}</p>',
         _listed("Ranks differ", disagreements(report)),
+        _listed("Tuning table", tables(report)),
         _listed("Merged", merges(report)),
         *map(_site, report.sites),
         _unusable(report),

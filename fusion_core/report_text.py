@@ -59,6 +59,10 @@ def _lines(report: Report) -> Iterator[str]:
         yield ""
         yield "by size:"
         yield from lines
+    if lines := list(tables(report)):
+        yield ""
+        yield "tuning table:"
+        yield from lines
     if lines := list(merges(report)):
         yield ""
         yield "merged:"
@@ -105,6 +109,12 @@ def by_size(site: SiteReport) -> Iterator[tuple[str, str]]:
 
 def _measured(choice: Choice) -> str:
     return "" if choice.figure is None else f" ({choice.figure})"
+
+
+def tables(report: Report) -> Iterator[str]:
+    """The tuning tables that decided, and why none did, a line each."""
+    yield from (f"  {line}" for line in dict.fromkeys(report.tables.values()))
+    yield from (f"  {line}" for line in dict.fromkeys(str(each) for why in report.untuned.values() for each in why))
 
 
 def disagreements(report: Report) -> Iterator[str]:

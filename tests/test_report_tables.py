@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import _functional_collectives as funcol
 
 import fusion_core
 from fusion_core import Device, FusionConfig, Report, fusion_pass
@@ -45,6 +48,18 @@ def test_a_dry_run_names_it_too(tmp_path: Path) -> None:
     assert list(report.tables.values()) == [path]
 
 
+def test_a_dry_run_of_several_graphs_names_those_of_all_their_groups(tmp_path: Path) -> None:
+    other = dist.new_group([0], backend="gloo").group_name
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        x = funcol.all_reduce(x, "sum", dist.group.WORLD)
+        torch._dynamo.graph_break()
+        return funcol.all_reduce(x, "sum", other)
+
+    report = fusion_core.explain(broken, torch.ones(2, 16), config=FusionConfig(table=table(tmp_path, POINT)))
+    assert len(report.sites) == len(report.tables) == 2
+
+
 @pytest.mark.usefixtures("on_four_gpus")
 def test_on_gpus_without_one_the_command_is_named(monkeypatch: Any) -> None:
     report = reported(monkeypatch, FusionConfig())
@@ -70,6 +85,7 @@ def test_who_wants_none_hears_nothing_of_it(monkeypatch: Any) -> None:
 
 
 def test_without_a_gpu_there_is_nothing_to_measure(monkeypatch: Any) -> None:
+    monkeypatch.setattr(fusion_pass, "world_size", lambda group: 4)
     report = reported(monkeypatch, FusionConfig())
     assert (report.tables, report.untuned) == ({}, {})
     assert "tuning table" not in str(report)

@@ -15,7 +15,7 @@ from torch import fx
 from fusion_core import history
 from fusion_core._inductor import CustomGraphPass, decompositions
 from fusion_core.common_ground import Common, agree, known, so_far
-from fusion_core.config import FusionConfig
+from fusion_core.config import DETERMINISTIC, FusionConfig
 from fusion_core.decide import Decision, Verdict, judge
 from fusion_core.emit import Emitter
 from fusion_core.errors import BackendError
@@ -167,6 +167,8 @@ class FusionPass(CustomGraphPass):
         """Which tuning table decides in each process group; why none does on a GPU, where it might."""
         used: dict[str, str] = {}
         untuned: dict[str, tuple[Reason, ...]] = {}
+        if self.config.numerics == DETERMINISTIC:  # nothing measured decides there
+            return used, untuned
         for group in groups:
             registry, size = common.registry(self.registry, group), world_size(group)
             if size is None or not registry.backends:

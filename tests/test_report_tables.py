@@ -42,6 +42,11 @@ def test_the_table_that_decides_is_named(monkeypatch: Any, tmp_path: Path) -> No
     assert (again.tables, again.untuned) == (report.tables, {})
 
 
+def test_where_no_table_decides_none_is_named(monkeypatch: Any, tmp_path: Path) -> None:
+    config = FusionConfig(numerics="deterministic", table=table(tmp_path, POINT))
+    assert "tuning table" not in str(reported(monkeypatch, config))
+
+
 def test_a_dry_run_names_it_too(tmp_path: Path) -> None:
     path = table(tmp_path, POINT)
     report = fusion_core.explain(model, *given(2), config=FusionConfig(table=path))

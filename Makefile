@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := -c constraints.txt --build-constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-nightly test-gpu lint wheel-test example-test clean
+.PHONY: help setup demo test test-nightly test-faults test-gpu lint wheel-test example-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: $(STAMP) ## run the tests; more arguments by PYTEST_ARGS="-k name -n 4"
 
 test-nightly: $(STAMP) ## run the tests with many more generated examples
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest --timeout 3600 $(PYTEST_ARGS)
+
+test-faults: $(STAMP) ## run the fault campaign whole, and print its table
+	$(BIN)/pytest tests/faults --campaign $(PYTEST_ARGS)
 
 test-gpu: $(STAMP) ## run the tests that need 2 or 4 NVIDIA GPUs, in an environment whose torch can use them
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-dev} $(BIN)/pytest tests/gpu $(PYTEST_ARGS)

@@ -35,6 +35,10 @@ def _devices(kind: str) -> int:
     return torch.cuda.device_count() if built_for else 0
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--campaign", action="store_true", help="the fault campaign whole, with a table of its verdicts")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for kind, name in (("cuda", "NVIDIA"), ("rocm", "AMD")):
         for marker in item.iter_markers(kind):

@@ -1,0 +1,30 @@
+"""Leaves the slow rows out of ordinary runs, and prints the table of verdicts where ``--campaign`` asks for all."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--campaign"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("campaign")]
+    items[:] = [item for item in items if not item.get_closest_marker("campaign")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.getoption("--campaign"):
+        return
+    rows = [
+        (report.outcome, *value)
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, ())
+        for key, value in report.user_properties
+        if key == "fault"
+    ]
+    terminalreporter.section(f"{len(rows)} faults")
+    for outcome, area, name, fault, verdict in sorted(rows, key=lambda row: row[1:3]):
+        terminalreporter.write_line(f"{outcome:6}  {area}: {name} | {fault} | {verdict}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -19,9 +20,12 @@ def observe(source: str, tmp_path: Path, monkeypatch: object) -> str:
     monkeypatch.syspath_prepend(tmp_path)  # type: ignore[attr-defined]
     sys.modules.pop("broken_plugin", None)
     point = EntryPoint("broken", "broken_plugin", "fusion_core.backends")
-    registry = Registry.of([REFERENCE, point], FusionConfig())
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        registry = Registry.of([REFERENCE, point], FusionConfig())
     assert "reference" in registry.backends
     failures = [str(failure.reason) for failure in registry.failures]
+    assert len(warned) == len(failures)
     return f"refused: {'; '.join(failures)}" if failures else "right"
 
 

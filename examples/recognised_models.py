@@ -143,7 +143,7 @@ def survey(path: Path) -> dict[str, Any]:
             path, dtype=torch.bfloat16, distributed_config=parallel
         )
     with torch.no_grad():
-        chosen = fusion_core.FusionConfig(order=("reference",))
+        chosen = fusion_core.FusionConfig(order=("reference",), merge=True)
         report = fusion_core.explain(model.eval(), torch.arange(8).unsqueeze(0), config=chosen, use_cache=False)
     return report.to_dict()
 

@@ -104,8 +104,9 @@ class FusionConfig:
             ``FUSION_CORE_LIMIT=3``.
         max_tokens: Capacity of backends' workspaces in tokens; None to ask the backend.
             ``FUSION_CORE_MAX_TOKENS=2048``.
-        merge: All_reduces of one process group whose results are only added together become one of their sum.
-            ``FUSION_CORE_MERGE=0`` leaves them.
+        merge: All_reduces of one process group whose results are only added together become one of their sum. Right
+            only where all ranks of the group compile the same graphs: a merged all_reduce cannot pair with the several
+            of a rank whose graph breaks in between. ``FUSION_CORE_MERGE=1``.
         table: What `fusion-core tune` measured, by which strategies are chosen: the path of its file, ``"none"`` for no
             measurements; None for this user's own of this machine, else the one that comes with the package.
             ``FUSION_CORE_TABLE=/path/to/table.json``.
@@ -130,7 +131,7 @@ class FusionConfig:
     limit: int | None = _default("limit", None)
     max_tokens: int | None = _default("max_tokens", None)
     options: tuple[str, ...] = _default("options", ())
-    merge: bool = _default("merge", True)
+    merge: bool = _default("merge", False)
     table: str | None = _default("table", None)
 
     def __post_init__(self) -> None:

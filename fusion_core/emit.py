@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from fusion_core.config import FusionConfig
@@ -178,8 +179,25 @@ class Emitter:
                 raise Unplaceable(Reason("order", found, "all inputs before the first use"))
             late.append(node)
             stack.extend(n for n in node.all_input_nodes if position[n] > position[anchor])
-        early = [node for node in inputs if node not in late]
-        return max([anchor, *early], key=position.__getitem__), sorted(late, key=position.__getitem__)
+        place = max([anchor, *(node for node in inputs if node not in late)], key=position.__getitem__)
+        if (passed := self._passed(anchor, place)) is not None:
+            found = f"{anchor.name} would come after {passed.name}, which the model calls later"
+            raise Unplaceable(Reason("order", found, "all inputs before the next collective"))
+        return place, sorted(late, key=position.__getitem__)
+
+    def _passed(self, anchor: fx.Node, place: fx.Node) -> fx.Node | None:
+        """The first collective between two nodes. None may pass another: ranks pair them in the order of the model.
+
+        A rank whose graph breaks between the two runs them in that order whatever this one does.
+        """
+        if place is anchor:
+            return None
+        node = anchor.next
+        while node is not place.next and node.op != "root":
+            if is_collective(node):
+                return node
+            node = node.next
+        return None
 
     def _sizes(self, shape: tuple[Any, ...]) -> list[int]:
         """A shape as arguments of reshape. One size may be known only at run time: it follows from the others."""
@@ -200,6 +218,23 @@ class Emitter:
         if key not in self._traced:
             self._traced[key] = trace(strategy, found, fakes, self.decompositions, self.config)
         return self._traced[key]
+
+
+_GROUPS = ("group", "group_name", "process_group")
+"""What operators call the argument that names a process group."""
+
+
+def is_collective(node: fx.Node) -> bool:
+    """Whether ranks meet in a node: a collective of torch, a strategy's operator, or another one that names a group."""
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, HigherOrderOperator):
+        return PROVENANCE in node.meta
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace in ("aten", "prims"):
+        return False
+    if node.target.namespace == "_c10d_functional":
+        return node.target is not torch.ops._c10d_functional.wait_tensor.default
+    return PROVENANCE in node.meta or any(argument.name in _GROUPS for argument in node.target._schema.arguments)
 
 
 def _writes(node: fx.Node) -> bool:

@@ -25,7 +25,7 @@ from fusion_core.known_faster import TUNE
 from fusion_core.lifting.collectives import all_reduces, has_all_reduce
 from fusion_core.lifting.readings import Readings
 from fusion_core.lifting.view import LiftedGraph
-from fusion_core.merging import merged
+from fusion_core.merging import mergeable, merged
 from fusion_core.reason import Reason, Stage
 from fusion_core.registry import Registry
 from fusion_core.report import Merge, Report, SiteReport, site_attributes
@@ -102,10 +102,11 @@ class FusionPass(CustomGraphPass):
         common = self._agreed(groups)
         left = self.config.limit
         merges: tuple[Merge, ...] = ()
-        if self.config.merge and self.registry.backends:
-            if self.dry_run:
+        if self.registry.backends:
+            merge = self.config.merge
+            if self.dry_run and merge:
                 graph = _copy(graph)
-            merges = merged(graph, readings, left, common.unmerged)
+            merges = merged(graph, readings, left, common.unmerged) if merge else mergeable(graph, readings)
             left = None if left is None else left - sum(not merge.reasons for merge in merges)
         view = LiftedGraph(graph, readings)
         for problem in dict.fromkeys(readings.problems):

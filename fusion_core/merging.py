@@ -37,6 +37,16 @@ aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
+OFF = Reason(
+    "merge",
+    "they could be one: merging is off",
+    "the same graphs on all ranks",
+    hint="FusionConfig(merge=True) or FUSION_CORE_MERGE=1 merges them",
+)
+"""Of all_reduces that could be merged and are not. A rank cannot know that the others' graphs have both of them: a
+graph break in between on one rank leaves it two all_reduces, with which the one of a merge would pair in silence."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Part:
     """One all_reduce in a tree of additions.
@@ -99,6 +109,12 @@ def merged(
             words = f"they are of the process groups {', '.join(map(str, groups))}"
             found.append(Merge(names, (Reason("group", words, "one process group"),)))
     return tuple(found)
+
+
+def mergeable(graph: fx.Graph, readings: Readings) -> tuple[Merge, ...]:
+    """The all_reduces of a graph that `merged` would make one, with `OFF` as the reason; changes nothing."""
+    found = merged(graph, readings, None, lambda group: OFF)
+    return tuple(merge for merge in found if merge.reasons == (OFF,))
 
 
 def _results(graph: fx.Graph, readings: Readings) -> dict[fx.Node, tuple[fx.Node, Term]]:

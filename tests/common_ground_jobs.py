@@ -83,7 +83,7 @@ def point(attribute: str, version: str = "1.0") -> EntryPoint:
 
 
 def of(*points: EntryPoint, **config: Any) -> Registry:
-    return Registry.of([*points, REFERENCE], FusionConfig(**config))
+    return Registry.of([*points, REFERENCE], FusionConfig(**{"merge": True, **config}))
 
 
 def _with(ordinary: Registry, **environment: str) -> Registry:

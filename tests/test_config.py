@@ -100,6 +100,6 @@ def test_a_config_as_plain_json_types() -> None:
         "limit": 2,
         "max_tokens": None,
         "options": [],
-        "merge": True,
+        "merge": False,
         "table": None,
     }

@@ -42,6 +42,11 @@ def given(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]
     return *(tensor.to(dtype) for tensor in tensors), torch.randn(N, generator=generator).to(dtype)
 
 
+@pytest.fixture(autouse=True)
+def _merging(_no_settings_from_outside: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSION_CORE_MERGE", "1")
+
+
 @pytest.fixture
 def merging_alone(monkeypatch: Any) -> Registry:
     """A backend that takes no site: what changes is merged."""
@@ -453,12 +458,16 @@ def test_what_was_written_before_it_was_reduced_is_no_hindrance(one_rank: str) -
 
 
 def test_the_switch(monkeypatch: Any) -> None:
-    off = fuse(residual_last, *given(), config=FusionConfig(order=("reference",), merge=False))
-    assert (off.reports[0].merges, len(off.sites)) == ((), 2)
-    monkeypatch.setenv("FUSION_CORE_MERGE", "0")
-    assert fuse(residual_last, *given()).reports[0].merges == ()
+    monkeypatch.delenv("FUSION_CORE_MERGE")
+    off = fuse(residual_last, *given())
+    words = "they could be one: merging is off, needs the same graphs on all ranks; FusionConfig(merge=True) or "
+    assert said(off) == [f"{words}FUSION_CORE_MERGE=1 merges them"]
+    assert (off.collectives(off.after[0]), len(off.sites)) == (2, 2)
     monkeypatch.setenv("FUSION_CORE_MERGE", "1")
-    assert len(fuse(residual_last, *given()).reports[0].merges) == 1
+    assert [merge.reasons for merge in fuse(residual_last, *given()).reports[0].merges] == [()]
+    monkeypatch.setenv("FUSION_CORE_MERGE", "0")
+    assert said(fuse(residual_last, *given())) == said(off)
+    assert said(fuse(used_beside, *given())) == []  # what could not be merged either way is not worth a word
 
 
 def test_without_a_backend_nothing_is_merged() -> None:

@@ -223,7 +223,11 @@ def survey(path: Path, dtype: torch.dtype, settings: list[Setting], backend: str
 def _survey(path: Path, dtype: torch.dtype, setting: Setting, backend: str) -> Outcome:
     started = time.process_time()
     torch._dynamo.reset()
-    own = plugins.pass_with(backend) if hasattr(plugins, backend) else FusionPass(FusionConfig(order=(backend,)))
+    own = (
+        plugins.pass_with(backend)
+        if hasattr(plugins, backend)
+        else FusionPass(FusionConfig(order=(backend,), merge=True))
+    )
     model, outcome, watch, fuse = load(path, dtype), Outcome(), Watch(own), True
 
     def both(graph_module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:

@@ -106,7 +106,7 @@ def compile_rows(
         context: Any = StatelessSymbolicContext(dynamic_sizes=[*sizes, *[DimDynamic.STATIC] * min(tensor.dim(), 1)])
         fakes.append(mode.from_tensor(example, symbolic_context=context))
         like = fakes[-1] if place in rows else like
-    with torch.no_grad():
+    with torch.no_grad(), mode:
         traced = make_fx(function)(*fakes)
     options = {"triton.cudagraphs": False, POST_PASS: None}
     compiled: Callable[..., Any] = standalone_compile(
@@ -129,15 +129,20 @@ def post_grad_only(own: Callable[[fx.Graph], None]) -> Callable[[fx.GraphModule,
 
 
 def _post_grad(graph_module: fx.GraphModule, inputs: Sequence[Any], is_inference: bool) -> Any:
-    from torch._inductor.compile_fx import fake_tensor_prop
-    from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
+    """What ``compile_fx_inner`` does up to the end of its post-grad passes, in the state in which it does it."""
+    from torch._dynamo.utils import preserve_rng_state
+    from torch._inductor.compile_fx import _recursive_post_grad_passes, fake_tensor_prop, get_cuda_device_context
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
     from torch._inductor.virtualized import V
+    from torch.utils._python_dispatch import _disable_current_modes
 
-    view_to_reshape(graph_module)
-    with torch.no_grad():
-        fake_mode = fake_tensor_prop(graph_module, list(inputs))
-    with V.set_fake_mode(fake_mode):
-        post_grad_passes(graph_module, is_inference)
+    # Inductor's fake mode is set there and not entered: an operator that creates a tensor makes a real one
+    with _disable_current_modes(), preserve_rng_state():
+        view_to_reshape(graph_module)
+        with torch.no_grad():
+            fake_mode = fake_tensor_prop(graph_module, list(inputs))
+        with V.set_fake_mode(fake_mode), get_cuda_device_context(graph_module):
+            _recursive_post_grad_passes(graph_module, is_inference=is_inference)
     graph_module.recompile()
 
     def run(arguments: list[Any]) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusion_core.config import FusionConfig
@@ -28,6 +30,12 @@ class Unplaceable(FusionError):
         self.reason = reason
 
 
+def fake_mode(tensors: Iterable[Any]) -> AbstractContextManager[Any]:
+    """The fake mode that fake tensors belong to, to be entered where operators run on them."""
+    found = next((tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor)), None)
+    return nullcontext() if found is None else found
+
+
 def scalars(found: Match) -> dict[str, Any]:
     """All that a match binds but tensors: scalars, the group, and None for a tensor that is absent."""
     bound = {name: found.bound.get(name, parameter.default) for name, parameter in found.pattern.parameters.items()}
@@ -43,7 +51,8 @@ def trace(
 ) -> fx.GraphModule:
     """The strategy as a graph from its tensors to the match's live outputs, reduced to what those need.
 
-    What it takes beside tensors, settings of the user included, becomes constants of the graph.
+    What it takes beside tensors, settings of the user included, becomes constants of the graph. It is traced under the
+    fake mode of its tensors: Inductor only sets the mode, and ``new_full`` or ``zeros`` would make a real tensor.
 
     Raises:
         Unplaceable: where the strategy's code raises, or holds a tensor that does not come in as an argument.
@@ -59,7 +68,7 @@ def trace(
         return tuple(results[name] for name in found.outputs)
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), fake_mode(tensors.values()):
             traced: fx.GraphModule = make_fx(run, dict(decompositions))(*tensors.values())
     except Exception as error:
         # a plugin's code ran: whatever it raised becomes the reason at this site, and other sites go on

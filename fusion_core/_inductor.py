@@ -11,6 +11,8 @@ from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from fusion_core.graph_end import compiling
+
 __all__ = [
     "CustomGraphPass",
     "cache_dir",
@@ -72,7 +74,8 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], options: 
     """Compile a Dynamo graph by Inductor under these options."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph_module, list(inputs), config_patches=options)
+    with compiling(graph_module):
+        return compile_fx(graph_module, list(inputs), config_patches=options)
 
 
 def compile_rows(
@@ -123,7 +126,8 @@ def post_grad_only(own: Callable[[fx.Graph], None]) -> Callable[[fx.GraphModule,
         return _post_grad(graph_module, inputs, bool(kwargs.get("is_inference")))
 
     def backend(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        return compile_fx(graph_module, list(inputs), inner_compile=inner, config_patches=with_pass(own, {}))  # type: ignore[arg-type]
+        with compiling(graph_module):
+            return compile_fx(graph_module, list(inputs), inner_compile=inner, config_patches=with_pass(own, {}))  # type: ignore[arg-type]
 
     return backend
 

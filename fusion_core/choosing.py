@@ -16,7 +16,6 @@ from fusion_core.decide import (
     Candidate,
     Choice,
     Decision,
-    Standing,
     Usable,
     Verdict,
     able,
@@ -25,6 +24,7 @@ from fusion_core.decide import (
 )
 from fusion_core.figures import Figure, figure, is_definition
 from fusion_core.match import Match
+from fusion_core.nearest import Standing
 from fusion_core.reason import Reason, Stage
 from fusion_core.registry import Registry
 from fusion_core.site import Site

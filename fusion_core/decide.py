@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -13,6 +13,7 @@ from fusion_core.groups import world_size
 from fusion_core.lifting.term import Term, held_by
 from fusion_core.lifting.view import LiftedGraph
 from fusion_core.match import Match, match
+from fusion_core.nearest import NearMiss, Standing, nearest
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.reason import Reason, Stage
 from fusion_core.registry import Registry
@@ -73,20 +74,13 @@ class Verdict:
         site: The longest pattern that stands there; None where not even the bare all_reduce does.
         candidates: Usable strategies, best first.
         decisions: One for every strategy of every pattern, longest pattern first.
+        near_misses: What nearly makes a longer pattern of it.
     """
 
     site: Site | None
     candidates: list[Candidate]
     decisions: list[Decision]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Standing:
-    """A pattern at one all_reduce: where it stands, or why not."""
-
-    pattern: Pattern
-    match: Match | None
-    site: Site | Reason
+    near_misses: tuple[NearMiss, ...] = ()
 
 
 def judge(view: LiftedGraph, anchor: fx.Node, term: Term, registry: Registry) -> Verdict:
@@ -94,13 +88,16 @@ def judge(view: LiftedGraph, anchor: fx.Node, term: Term, registry: Registry) ->
     standings: list[Standing] = []
     for pattern in sorted(registry.patterns.values(), key=lambda pattern: (-len(pattern.steps), pattern.name)):
         outcome = match(pattern, view, anchor, term)
-        site = _site(outcome, view) if isinstance(outcome, Match) else outcome
-        standings.append(Standing(pattern, outcome if isinstance(outcome, Match) else None, site))
+        if isinstance(outcome, Match):
+            standings.append(Standing(pattern, outcome, _site(outcome, view), len(pattern.steps)))
+        else:
+            standings.append(Standing(pattern, None, outcome.reason, outcome.depth))
+    standings, misses = nearest(standings)
     longest = next((each.site for each in standings if isinstance(each.site, Site)), None)
     if longest is not None and longest.tokens is None:
         from fusion_core.choosing import judge_by_tokens
 
-        return judge_by_tokens(standings, longest, registry)
+        return replace(judge_by_tokens(standings, longest, registry), near_misses=misses)
     decisions: list[Decision] = []
     candidates: list[Candidate] = []
     usable: list[Usable] = []
@@ -120,7 +117,7 @@ def judge(view: LiftedGraph, anchor: fx.Node, term: Term, registry: Registry) ->
                 choices = () if found is None else (Choice(found.tokens, strategy.name, found),)
                 candidates.append(Candidate(strategy, each.match, each.site, choices))
                 usable.append((strategy, each.pattern, found))
-    return Verdict(longest, [candidates[place] for place in best_first(registry, usable)], decisions)
+    return Verdict(longest, [candidates[place] for place in best_first(registry, usable)], decisions, misses)
 
 
 def weigh(

@@ -46,6 +46,8 @@ def explain(model: Callable[..., Any], *args: Any, config: FusionConfig | None =
     if not found:
         return fusion_pass.run(torch.fx.Graph())
     fullest = max(found, key=lambda report: len(report.sites))
+    if len(found) > 1:
+        found = [_numbered(report, number) for number, report in enumerate(found, 1)]
     sites = tuple(site for report in found for site in report.sites)
     merges = tuple(merge for report in found for merge in report.merges)
     disagreements = {group: reasons for report in found for group, reasons in report.disagreements.items()}
@@ -54,6 +56,13 @@ def explain(model: Callable[..., Any], *args: Any, config: FusionConfig | None =
     return dataclasses.replace(
         fullest, sites=sites, merges=merges, disagreements=disagreements, tables=tables, untuned=untuned
     )
+
+
+def _numbered(report: Report, number: int) -> Report:
+    """The report of one graph of several: names of nodes come again in each."""
+    sites = tuple(dataclasses.replace(site, graph=number) for site in report.sites)
+    merges = tuple(dataclasses.replace(merge, graph=number) for merge in report.merges)
+    return dataclasses.replace(report, sites=sites, merges=merges)
 
 
 def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from fusion_core.config import DETERMINISTIC, FusionConfig
 from fusion_core.decide import Decision, Verdict, judge
 from fusion_core.emit import Emitter
 from fusion_core.errors import BackendError
+from fusion_core.figures import is_definition
 from fusion_core.fingerprint import fingerprint, states, tables, version
 from fusion_core.groups import group_name, world_size
 from fusion_core.known_faster import TUNE
@@ -159,8 +160,11 @@ class FusionPass(CustomGraphPass):
         site = chosen.site if chosen is not None else verdict.site
         attributes = site_attributes(site) if site is not None else {}
         pattern = site.pattern if site is not None else "all_reduce"
-        strategy, choices = (None, ()) if chosen is None else (chosen.strategy.name, chosen.choices)
-        return SiteReport(pattern, strategy, label, attributes, decisions, choices)
+        if chosen is None:
+            return SiteReport(pattern, None, label, attributes, decisions, (), verdict.near_misses)
+        as_before = is_definition(chosen.strategy, self.registry.patterns[chosen.strategy.pattern])
+        name, choices = chosen.strategy.name, chosen.choices
+        return SiteReport(pattern, name, label, attributes, decisions, choices, verdict.near_misses, as_before)
 
     def _tables(
         self, groups: Iterable[str], common: Common, device: Device

@@ -8,12 +8,16 @@ from typing import Any
 
 from torch import fx
 
+from fusion_core.graph_end import ending
 from fusion_core.lifting.rule import is_cheap
 from fusion_core.lifting.term import Term, Unheld, nodes_of
 from fusion_core.lifting.view import LiftedGraph
 from fusion_core.patterns.definition import Pattern
 from fusion_core.reason import Reason
 from fusion_core.vocabulary.operation import Step, Symbol
+
+FIRST_WORDS = ("add", "rms_norm")
+"""What follows an all_reduce in core's patterns: where one is missing, what stands there instead is the reason."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,25 +52,39 @@ class Match:
         return {node: name for name, node in self.outputs.items()} | self.twins
 
 
-def match(pattern: Pattern, view: LiftedGraph, anchor: fx.Node, term: Term) -> Match | Reason:
-    """The pattern at an all_reduce, or the reason of its nearest miss."""
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """How far one pattern stands at one all_reduce.
+
+    Attributes:
+        depth: How many of its steps stand there; 0 where they were not looked for.
+        reason: Why no more of them do.
+    """
+
+    depth: int
+    reason: Reason
+
+
+def match(pattern: Pattern, view: LiftedGraph, anchor: fx.Node, term: Term) -> Match | Miss:
+    """The pattern at an all_reduce, or its nearest miss."""
     if term.refusal is not None:
-        return term.refusal
+        return Miss(0, term.refusal)
     for step in pattern.steps[1:]:
         word = step.operation.name
-        if word not in view.words:  # most patterns, in most graphs: not worth a walk
-            if view.may_say_why(word):
-                break
-            return Reason("structure", f"nothing in this graph reads as {word}", f"{word} of what comes before")
+        # most patterns, in most graphs: not worth a walk. Of a chain's first words the place itself says more
+        if word not in view.words and word not in FIRST_WORDS:
+            return Miss(
+                0, Reason("structure", f"nothing in this graph reads as {word}", f"{word} of what comes before")
+            )
     first = pattern.steps[0]
     environment = _unify(first, term.operands, term, {})
     if environment is None:
-        return Reason("structure", f"{anchor.name} is another all_reduce than the pattern's")
-    nearest: tuple[int, Reason] | None = None
+        return Miss(0, Reason("structure", f"{anchor.name} is another all_reduce than the pattern's"))
+    nearest: Miss | None = None
     found: Match | None = None
     for outcome in _follow(pattern, view, [term], environment):
-        if isinstance(outcome, tuple):
-            depth, reason = outcome
+        if isinstance(outcome, Miss):
+            miss = outcome
         else:
             terms, environment = outcome.terms, outcome.environment
             result = _settle(pattern, view, anchor, terms, environment)
@@ -76,13 +94,13 @@ def match(pattern: Pattern, view: LiftedGraph, anchor: fx.Node, term: Term) -> M
                 if found is None or len(result.kept) < len(found.kept):
                     found = result
                 continue
-            depth, reason = len(terms), result
-        if nearest is None or depth > nearest[0]:
-            nearest = depth, reason
+            miss = Miss(len(terms), result)
+        if nearest is None or miss.depth > nearest.depth:
+            nearest = miss
     if found is not None:
         return found
     assert nearest is not None
-    return nearest[1]
+    return nearest
 
 
 @dataclass(frozen=True)
@@ -93,39 +111,40 @@ class _Bound:
 
 def _follow(
     pattern: Pattern, view: LiftedGraph, terms: list[Term], environment: dict[Symbol, Any]
-) -> Iterator[_Bound | tuple[int, Reason]]:
+) -> Iterator[_Bound | Miss]:
     """Every way to go on from the terms so far, and the miss where there is none."""
     depth = len(terms)
     if depth == len(pattern.steps):
         yield _Bound(terms, environment)
         return
     step = pattern.steps[depth]
-    known = next(
-        environment[o] for o in step.operands.values() if isinstance(o, Symbol) and o in environment and o.step
-    )
-    candidates = list(view.terms(known, step.operation.name)) if isinstance(known, fx.Node | Unheld) else []
+    symbol = next(o for o in step.operands.values() if isinstance(o, Symbol) and o in environment and o.step)
+    known, word = environment[symbol], step.operation.name
+    candidates = list(view.terms(known, word)) if isinstance(known, fx.Node | Unheld) else []
     if not candidates:
-        yield depth, view.near_miss(known, step.operation.name) or _missing(view, step, known)
+        yield Miss(depth, view.near_miss(known, word) or _missing(view, word, known, symbol))
     for term in candidates:
         if term.refusal is not None:
-            yield depth, term.refusal
+            yield Miss(depth, term.refusal)
             continue
         for operands in _orders(step, term):
             extended = _unify(step, operands, term, environment)
             if extended is None:
-                yield (
-                    depth,
-                    Reason("structure", f"{step.operation.name} of {known} takes other operands than the pattern's"),
-                )
+                yield Miss(depth, Reason("structure", f"{word} of {known} takes other operands than the pattern's"))
             else:
                 yield from _follow(pattern, view, [*terms, term], extended)
 
 
-def _missing(view: LiftedGraph, step: Step, known: Any) -> Reason:
-    if step.operation.name == "add" and next(view.terms(known, "rms_norm"), None) is not None:
-        return Reason("structure", f"{known} is normed as it is; what is added, is added after the norm", "add of it")
-    users = ", ".join(user.name for user in list(getattr(known, "users", ()))[:3]) or "nothing"
-    return Reason("structure", f"{known} is followed by {users}", f"{step.operation.name} of it")
+def _missing(view: LiftedGraph, word: str, known: Any, symbol: Symbol) -> Reason:
+    """Why a word does not follow a value, in words that are the same in each of a model's layers."""
+    name = symbol.step.operation.name if symbol.step is not None else symbol.name
+    if word == "add" and next(view.terms(known, "rms_norm"), None) is not None:
+        return Reason("structure", f"{name} is normed as it is; what is added, is added after the norm", "add of it")
+    behind, ends = view.followers(known) if isinstance(known, fx.Node) else ((), False)
+    if ends and not behind:
+        return ending(name, word)
+    found = ", ".join(behind[:3]) or "nothing"
+    return Reason("structure", f"{name} is followed by {found}", f"{word} of it")
 
 
 def _orders(step: Step, term: Term) -> Iterator[dict[str, Any]]:

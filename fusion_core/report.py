@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fusion_core.decide import Choice, Decision
-from fusion_core.figures import Figure
-from fusion_core.reason import Reason, Stage
+from fusion_core.nearest import NearMiss
+from fusion_core.reason import Reason
 from fusion_core.run_time import fallen_back
-from fusion_core.site import Site, dtype_name
+from fusion_core.site import Site
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of `Report.to_dict`'s form; it changes where a reader of the old form would be misled."""
+
+
+class Outcome(StrEnum):
+    """What became of one all_reduce."""
+
+    KERNEL = "on a kernel"
+    """Something else runs there than what the model had."""
+    MERGED = "merged"
+    """It takes the place of several; its sum is the model's own."""
+    AS_BEFORE = "as before"
+    """It is recognised, and the best that is known for it is what the model had."""
+    RAN_UNFUSED = "unfused at run time"
+    """A kernel was chosen that could not run, so that torch's all_reduce runs in its place."""
+    REFUSED = "refused"
+    """Nothing was chosen for it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,11 @@ class SiteReport:
         decisions: For every strategy of every pattern, how far it got and why no further.
         choices: What runs from which token count on, with the figures where it was measured: one for a site of fixed
             size, and several where an operator picks by the count when it runs. Empty where nothing was measured.
+        near_misses: What nearly makes a longer pattern of it, and why it is none; where no more than the all_reduce
+            stands, what follows that instead.
+        is_definition: Whether the strategy is the pattern's own definition, which Inductor compiles as it compiles
+            what the model had there.
+        graph: The graph's number in a report of several, from 1; 0 in a report of one.
     """
 
     pattern: str
@@ -44,6 +62,23 @@ class SiteReport:
     attributes: Mapping[str, Any]
     decisions: tuple[Decision, ...]
     choices: tuple[Choice, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
+    is_definition: bool = False
+    graph: int = 0
+
+    @property
+    def label(self) -> str:
+        """What tells it from every other site of its report."""
+        return f"graph {self.graph}: {self.node}" if self.graph else self.node
+
+    @property
+    def outcome(self) -> Outcome:
+        """What became of it; looked up anew each time, as its calls come later."""
+        if self.strategy is None:
+            return Outcome.REFUSED
+        if self.is_definition:
+            return Outcome.AS_BEFORE
+        return Outcome.RAN_UNFUSED if self.run_time else Outcome.KERNEL
 
     @property
     def run_time(self) -> tuple[Reason, ...]:
@@ -58,10 +93,12 @@ class Merge:
     Attributes:
         nodes: Their labels, in graph order.
         reasons: Why they stay as they are; empty where the last one now reduces the sum of all.
+        graph: The graph's number in a report of several, from 1; 0 in a report of one.
     """
 
     nodes: tuple[str, ...]
     reasons: tuple[Reason, ...] = ()
+    graph: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,61 +139,36 @@ class Report:
         """The sites that a strategy was chosen for."""
         return tuple(site for site in self.sites if site.strategy is not None)
 
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """What became of each site, as far as it has run; a merged one counts as changed on no kernel too."""
+        merged = {(merge.graph, merge.nodes[-1]) for merge in self.merges if not merge.reasons}
+        return tuple(
+            Outcome.MERGED if (site.graph, site.node) in merged and site.outcome is not Outcome.KERNEL else site.outcome
+            for site in self.sites
+        )
+
+    @property
+    def changed(self) -> tuple[SiteReport, ...]:
+        """The sites at which something else runs than without the pass."""
+        unlike = (Outcome.KERNEL, Outcome.MERGED)
+        return tuple(site for site, outcome in zip(self.sites, self.outcomes, strict=True) if outcome in unlike)
+
     def __str__(self) -> str:
         from fusion_core.report_text import text
 
         return text(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types; `from_dict` takes back all but ``run_time``, which is a process's own."""
-        return {
-            "schema": SCHEMA,
-            "origin": self.origin,
-            "compiled_at": self.compiled_at,
-            "versions": dict(self.versions),
-            "device": self.device,
-            "order": list(self.order),
-            "failures": list(self.failures),
-            "unavailable": {
-                name: [reason.to_dict() for reason in reasons] for name, reasons in self.unavailable.items()
-            },
-            "disagreements": {
-                group: [reason.to_dict() for reason in reasons] for group, reasons in self.disagreements.items()
-            },
-            "tables": dict(self.tables),
-            "untuned": {group: [reason.to_dict() for reason in reasons] for group, reasons in self.untuned.items()},
-            "merges": [
-                {"nodes": list(merge.nodes), "reasons": [reason.to_dict() for reason in merge.reasons]}
-                for merge in self.merges
-            ],
-            "sites": [
-                {
-                    "pattern": site.pattern,
-                    "strategy": site.strategy,
-                    "node": site.node,
-                    "attributes": _plain(site.attributes),
-                    "decisions": [
-                        {
-                            "pattern": decision.pattern,
-                            "strategy": decision.strategy,
-                            "stage": decision.stage.name,
-                            "reasons": [reason.to_dict() for reason in decision.reasons],
-                        }
-                        for decision in site.decisions
-                    ],
-                    "choices": [
-                        {
-                            "first": choice.first,
-                            "strategy": choice.strategy,
-                            "figure": None if choice.figure is None else dataclasses.asdict(choice.figure),
-                        }
-                        for choice in site.choices
-                    ],
-                    "run_time": [reason.to_dict() for reason in site.run_time],
-                }
-                for site in self.sites
-            ],
-        }
+        """The report as plain JSON types; `from_dict` takes back all but ``run_time``, which is a process's own.
+
+        What many sites share is there once: ``reasons`` holds every reason and ``decisions`` every list of decisions.
+        A site's ``decisions`` is the place of its list, whose reasons are places in the site's own ``reasons``, which
+        are places in the report's.
+        """
+        from fusion_core.report_json import to_dict
+
+        return to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
@@ -165,43 +177,9 @@ class Report:
         Raises:
             ValueError: where the form is another version's.
         """
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"the report has schema {data.get('schema')!r}, needs {SCHEMA}")
+        from fusion_core.report_json import from_dict
 
-        def reasons(items: list[dict[str, Any]]) -> tuple[Reason, ...]:
-            return tuple(Reason(**item) for item in items)
-
-        sites = tuple(
-            SiteReport(
-                site["pattern"],
-                site["strategy"],
-                site["node"],
-                site["attributes"],
-                tuple(
-                    Decision(d["pattern"], d["strategy"], Stage[d["stage"]], reasons(d["reasons"]))
-                    for d in site["decisions"]
-                ),
-                tuple(
-                    Choice(c["first"], c["strategy"], None if c["figure"] is None else Figure(**c["figure"]))
-                    for c in site.get("choices", ())
-                ),
-            )
-            for site in data["sites"]
-        )
-        return cls(
-            sites,
-            tuple(data["failures"]),
-            {name: reasons(items) for name, items in data["unavailable"].items()},
-            data["device"],
-            tuple(data["order"]),
-            data["origin"],
-            data["compiled_at"],
-            data["versions"],
-            tuple(Merge(tuple(merge["nodes"]), reasons(merge["reasons"])) for merge in data.get("merges", ())),
-            {group: reasons(items) for group, items in data.get("disagreements", {}).items()},
-            data.get("tables", {}),
-            {group: reasons(items) for group, items in data.get("untuned", {}).items()},
-        )
+        return from_dict(data)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report as one self-contained HTML page; an existing file is replaced as a whole."""
@@ -231,15 +209,3 @@ def site_attributes(site: Site) -> dict[str, Any]:
         "group": site.group,
         "world_size": site.world_size,
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, torch.dtype):
-        return dtype_name(value)
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return str(value)

@@ -50,10 +50,14 @@ def _listed(title: str, lines: Iterable[str]) -> str:
 
 
 def _site(site: SiteReport) -> str:
-    state, chosen = ("fused", site.strategy) if site.strategy else ("unfused", "not fused")
+    state, chosen = ("fused", site.strategy) if site.strategy else ("unfused", "refused")
     if site.run_time:
         state, chosen = "unfused", f"{site.strategy} runs unfused"
-    at_run_time = "".join(f"<p>at run time: {escape(str(reason))}</p>" for reason in site.run_time)
+    elif site.is_definition:
+        state, chosen = "quiet", f"{site.strategy}, as before"
+    said = [f"at run time: {reason}" for reason in site.run_time]
+    said += [f"near miss: {miss.pattern}: {miss.reason}" for miss in site.near_misses]
+    notes = "".join(f"<p>{escape(line)}</p>" for line in said)
     rows = "\n".join(
         f"<tr><td><code>{escape(d.strategy or '')}</code></td><td>{escape(d.pattern)}</td>"
         f"<td>{d.stage.name.lower()}</td><td>{escape('; '.join(map(str, d.reasons)))}</td></tr>"
@@ -61,9 +65,9 @@ def _site(site: SiteReport) -> str:
         if d.stage is not Stage.UNAVAILABLE
     )
     return (
-        f'<details><summary><code>{escape(site.node)}</code> {escape(site.pattern)} <b class="{state}">'
+        f'<details><summary><code>{escape(site.label)}</code> {escape(site.pattern)} <b class="{state}">'
         f'{escape(str(chosen))}</b> <span class="quiet">{escape(facts(site.attributes))}</span></summary>'
-        f"{at_run_time}<table><tr><th>strategy</th><th>pattern</th><th>stage</th><th>why</th></tr>{rows}</table></details>"
+        f"{notes}<table><tr><th>strategy</th><th>pattern</th><th>stage</th><th>why</th></tr>{rows}</table></details>"
     )
 
 

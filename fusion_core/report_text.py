@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from fusion_core.decide import Choice, Decision
 from fusion_core.reason import Stage
-from fusion_core.report import Report, SiteReport
+from fusion_core.report import Outcome, Report, SiteReport
 from fusion_core.site import dtype_name
 
 _ORIGINS = {
@@ -28,20 +29,36 @@ def text(report: Report) -> str:
 
 
 def headline(report: Report) -> str:
-    """What became of the graph, in one line."""
-    total, fused = len(report.sites), len(report.fused)
+    """What became of the graph, in one line: first what changed."""
     origin = _ORIGINS[report.origin].format(compiled_at=report.compiled_at)
     if report.origin == "cache" and not report.compiled_at:
         return (
             "fusion_core: this graph came from the compile cache, and nobody kept what was decided when it was "
             "compiled; clear the cache, or compile with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1, to see it"
         )
-    verb = "would be fused" if report.origin == "explained" else "fused"
-    if not total:
+    if not report.sites:
         return f"fusion_core: {origin}no all_reduce in this graph on {report.device}, nothing to fuse"
-    unfused = sum(bool(site.run_time) for site in report.fused)
-    later = f"; {unfused} of these ran unfused" if unfused else ""
-    return f"fusion_core: {origin}{fused} of {total} all_reduces {verb} on {_ranks(report)}{report.device}{later}"
+    said = ", ".join(_counts(report))
+    graphs = len({site.graph for site in report.sites})
+    where = f", in {graphs} graphs" if graphs > 1 else ""
+    return f"fusion_core: {origin}{said}{where}, on {_ranks(report)}{report.device}"
+
+
+def _counts(report: Report) -> Iterator[str]:
+    """How many sites came to what, those on a kernel first, and the others where there are any."""
+    outcomes = Counter(report.outcomes)
+    verb = "would be on a kernel" if report.origin == "explained" else "on a kernel"
+    yield f"{outcomes[Outcome.KERNEL]} of {len(report.sites)} all_reduces {verb}"
+    for outcome in (Outcome.MERGED, Outcome.AS_BEFORE, Outcome.RAN_UNFUSED, Outcome.REFUSED):
+        if not outcomes[outcome]:
+            continue
+        more = ""
+        if outcome is Outcome.MERGED:
+            more = f" (of {sum(len(merge.nodes) for merge in report.merges if not merge.reasons)})"
+        elif outcome is Outcome.AS_BEFORE:
+            names = {str(site.strategy).partition(".")[0] for site in report.sites if site.is_definition}
+            more = f" ({', '.join(sorted(names))})"
+        yield f"{outcomes[outcome]} {outcome}{more}"
 
 
 def _ranks(report: Report) -> str:
@@ -90,12 +107,13 @@ def _lines(report: Report) -> Iterator[str]:
 def merges(report: Report) -> Iterator[str]:
     """What became of all_reduces whose results are added together, a line each."""
     for merge in report.merges:
+        where = f"graph {merge.graph}: " if merge.graph else ""
         *others, last = merge.nodes
         if merge.reasons:
             why = "; ".join(map(str, merge.reasons))
-            yield f"  {' + '.join(merge.nodes)} [stay {len(merge.nodes)}]: {why}"
+            yield f"  {where}{' + '.join(merge.nodes)} [stay {len(merge.nodes)}]: {why}"
         else:
-            yield f"  {' + '.join(others)} into {last}: one all_reduce of the sum"
+            yield f"  {where}{' + '.join(others)} into {last}: one all_reduce of the sum"
 
 
 def by_size(site: SiteReport) -> Iterator[tuple[str, str]]:
@@ -126,8 +144,8 @@ def disagreements(report: Report) -> Iterator[str]:
 
 def _site_row(site: SiteReport, with_ranks: bool) -> tuple[str, ...]:
     ranks = f", world size {site.attributes['world_size']}" if with_ranks and site.attributes else ""
-    chosen = f"-> {site.strategy}" if site.strategy else "not fused"
-    return site.node, site.pattern, chosen, facts(site.attributes) + ranks
+    chosen = f"-> {site.strategy}" if site.strategy else "refused"
+    return site.label, site.pattern, chosen, facts(site.attributes) + ranks
 
 
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
@@ -161,7 +179,7 @@ def _grouped(sites: Iterable[SiteReport], said: Callable[[SiteReport], Iterator[
     where: dict[tuple[str, str], list[str]] = {}
     for site in sites:
         for subject, why in dict.fromkeys(said(site)):
-            where.setdefault((subject, why), []).append(site.node)
+            where.setdefault((subject, why), []).append(site.label)
     for (subject, why), nodes in where.items():
         places = ", ".join(nodes[:3]) + (f" and {len(nodes) - 3} more" if len(nodes) > 3 else "")
         yield f"  {subject}: {why} (at {places})"
@@ -174,14 +192,8 @@ def _at_run_time(site: SiteReport) -> Iterator[tuple[str, str]]:
 
 def _worth_saying(site: SiteReport) -> Iterator[tuple[str, str]]:
     """Refusals that say something."""
-    nearest: dict[str, str] = {}
-    for (
-        decision
-    ) in site.decisions:  # the longest pattern first: of those that miss for one reason, the shortest is named
-        if decision.stage is Stage.STRUCTURE and _is_telling(site, decision):
-            nearest["; ".join(map(str, decision.reasons))] = decision.pattern
-    for why, name in nearest.items():
-        yield name, why
+    for miss in site.near_misses:
+        yield miss.pattern, str(miss.reason)
     said: list[tuple[str, str, frozenset[str]]] = []
     for decision in site.decisions:
         if decision.stage is Stage.OPTION:  # of all strategies behind it, once
@@ -192,14 +204,6 @@ def _worth_saying(site: SiteReport) -> Iterator[tuple[str, str]]:
                 continue  # a variant of a strategy that is refused for as much already
             said.append((backend, decision.pattern, reasons))
             yield f"{decision.strategy} [{decision.stage.name.lower()}]", "; ".join(map(str, decision.reasons))
-
-
-def _is_telling(site: SiteReport, decision: Decision) -> bool:
-    """Whether a pattern nearly stands here: more than "another operator follows", or nothing longer stands."""
-    codes = {reason.code for reason in decision.reasons}
-    return codes != {"structure"} or (
-        site.pattern == "all_reduce" and decision.pattern in ("all_reduce_add_rms_norm", "all_reduce_rms_norm")
-    )
 
 
 def _is_rival(site: SiteReport, decision: Decision) -> bool:

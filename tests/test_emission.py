@@ -197,7 +197,7 @@ def test_a_dry_run_changes_nothing_and_says_what_it_would_do() -> None:
     assert unchanged
     assert report.origin == "explained"
     assert report.sites[0].strategy == f"reference.{ADD}"
-    assert "would be fused" in str(report)
+    assert "would be on a kernel, 1 as before (reference)" in str(report)
 
 
 def test_a_late_weight_is_moved_up_to_the_site(monkeypatch: Any) -> None:

@@ -532,9 +532,6 @@ def test_the_report_shows_merges_and_goes_to_json_and_back(tmp_path: Any) -> Non
         assert str(Report.from_dict(data)) == str(report)
     refused.to_html(tmp_path / "report.html")
     assert f"<h2>Merged</h2><ul><li>{line}</li></ul>" in (tmp_path / "report.html").read_text()
-    older = merged.to_dict()
-    del older["merges"]
-    assert Report.from_dict(older).merges == ()
     assert "merged:" not in str(replace(merged, merges=()))
     assert Merge(("a", "b")).reasons == ()
 

@@ -28,7 +28,7 @@ def report(monkeypatch: Any) -> Report:
 
 def test_the_text_has_a_line_a_site_and_the_reason_of_each_refusal(report: Report) -> None:
     lines = str(report).splitlines()
-    assert lines[0] == "fusion_core: 1 of 1 all_reduces fused on 1 x cpu"
+    assert lines[0] == "fusion_core: 0 of 1 all_reduces on a kernel, 1 as before (reference), on 1 x cpu"
     assert lines[2].split() == (
         f"all_reduce {ADD} -> reference.{ADD} x bfloat16[2, 3, 16], eps 1e-05, live normed + residual_out".split()
     )
@@ -63,7 +63,7 @@ def test_a_report_goes_to_json_and_back(report: Report) -> None:
 
 
 def test_a_report_of_another_schema_is_an_error() -> None:
-    with pytest.raises(ValueError, match="schema 99, needs 1"):
+    with pytest.raises(ValueError, match="schema 99, needs 2"):
         Report.from_dict({"schema": 99})
 
 
@@ -110,7 +110,8 @@ def test_explain_covers_every_graph_of_a_model_and_leaves_it_uncompiled() -> Non
     assert report.origin == "explained"
     assert [site.pattern for site in report.sites] == [ADD, ADD]
     assert str(report).startswith(
-        "fusion_core: dry run: nothing was changed; 2 of 2 all_reduces would be fused on 1 x cpu"
+        "fusion_core: dry run: nothing was changed; 0 of 2 all_reduces would be on a kernel, 2 as before (reference), "
+        "in 2 graphs, on 1 x cpu"
     )
 
 

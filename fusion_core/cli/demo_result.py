@@ -96,7 +96,7 @@ class Result:
         """Why the answer is no; empty where all is well. What is not a number is a problem."""
         found = []
         if self.fused.fused < self.needed:
-            found.append(f"{self.fused.fused} all_reduces were fused, needs {self.needed}")
+            found.append(f"{self.fused.fused} all_reduces were recognised, needs {self.needed}")
         limit = TOLERANCE * self.unfused.relative_error
         if not self.fused.relative_error <= limit:
             found.append(f"the fused model is {self.fused.relative_error:.3g} from float64, needs at most {limit:.3g}")
@@ -110,7 +110,7 @@ class Result:
         if self.problems:
             return f"not as it should be: {'; '.join(self.problems)}"
         return (
-            f"as it should be: {self.fused.fused} of {self.needed} all_reduces fused, "
+            f"as it should be: {self.fused.fused} of {self.needed} all_reduces recognised, "
             "no farther from float64 than unfused, the same collectives"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,13 +25,15 @@ from fusion_core.lifting.meaning import (
     same_size,
     shape_of,
 )
-from fusion_core.lifting.rule import Read, Rule
+from fusion_core.lifting.rule import Read, Rule, is_cheap
 from fusion_core.lifting.term import Term, Unheld
 from fusion_core.reason import Reason
 from fusion_core.vocabulary.fp8 import FLOAT8
 
 aten, prims = torch.ops.aten, torch.ops.prims
 _CASTS = (prims.convert_element_type.default, aten._to_copy.default)
+_REDUCTIONS = (aten.amax.default, aten.max.default, aten.mean.dim, aten.sum.dim_IntList)
+_FAR = 40  # nodes behind one that is nearly read
 _NARROW = (*FLOAT8, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.int8, torch.uint8)
 
 
@@ -102,6 +105,19 @@ def reach(
     return found
 
 
+def _ends_in_codes(node: fx.Node) -> bool:
+    """Whether a cast to eight bits comes of a node, by what a quantisation is made of: of most parts none does."""
+    waiting, seen = [node], {node}
+    while waiting and len(seen) < _FAR:
+        for user in waiting.pop(0).users:
+            if is_quantising_cast(user):
+                return True
+            if user not in seen and (is_cheap(user) or dtype_of(user) is None or user.target in _REDUCTIONS):
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
 def _group(node: fx.Node, found: Reach) -> int | None:
     """The size of the parts into which a view splits the last dimension of the value."""
     operand = node.args[0] if node.args else None
@@ -118,7 +134,8 @@ def _group(node: fx.Node, found: Reach) -> int | None:
 def fp8_terms(found: Reach) -> Iterator[Term | Reason]:
     """The quantisations at the end of what a value reaches, or why there is none."""
     if not found.casts:
-        yield from [reason for reason in found.misses.values() if reason.code != "heads"][:1]
+        near = (why for node, why in found.misses.items() if why.code != "heads" and _ends_in_codes(node))
+        yield from itertools.islice(near, 1)
     first: dict[object, Term] = {}
     for cast in found.casts:
         dtype = dtype_of(cast)

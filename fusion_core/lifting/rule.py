@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,3 +39,11 @@ def is_cheap(node: fx.Node) -> bool:
         return False
     is_view = any(value.alias_info is not None for value in node.target._schema.returns)
     return not node.is_impure() and (is_view or torch.Tag.pointwise in node.target.tags)
+
+
+def called(node: fx.Node) -> str:
+    """What a node does, in the model's words where torch has kept them: ``clamp``, not the ``clamp_min`` of it."""
+    origin = node.meta.get("original_aten")
+    if isinstance(origin, torch._ops.OpOverload) and origin.namespace == "aten":
+        return str(origin._opname)
+    return re.sub(r"(_\d+)+$", "", node.name)

@@ -15,9 +15,10 @@ from fusion_core.dialects.aten.casts import keeps_value
 from fusion_core.lifting.collectives import all_reduces
 from fusion_core.lifting.fp8 import fp8_terms, is_quantising_cast, reach
 from fusion_core.lifting.meaning import Meaning, dtype_of, one_element, promoted, same_shape, same_size, shape_of
+from fusion_core.lifting.misses import Misses
 from fusion_core.lifting.norm import Norm, as_norm, root_of, split_weight
 from fusion_core.lifting.readings import Readings
-from fusion_core.lifting.rule import Rule, is_cheap
+from fusion_core.lifting.rule import Rule, called
 from fusion_core.lifting.term import Sum, Term, Unheld
 from fusion_core.reason import Reason
 
@@ -26,16 +27,6 @@ Value = fx.Node | Unheld
 
 _ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
 _FP8_WORDS = frozenset({"quantize_static_fp8", "quantize_token_fp8", "quantize_group_fp8"})
-_CONCERNS = {
-    "add": (("broadcast",), ("part",)),
-    "rms_norm": (
-        ("mean", "reduction", "root", "eps", "scaled", "weight"),
-        ("part", "heads", "rounded", "maximum"),
-        ("factor",),
-    ),
-}
-"""Codes of the near misses of a word, the most telling first."""
-_NEAR = 40  # how many nodes behind a value a near miss is looked for
 
 
 class LiftedGraph:
@@ -54,8 +45,7 @@ class LiftedGraph:
         self._terms: dict[Value, list[Term]] = defaultdict(list)
         self._sums: dict[fx.Node, Term] = {}
         self._rounded: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        self._misses: dict[fx.Node, Reason] = {}
-        self._near: dict[tuple[fx.Node, str], Reason | None] = {}
+        self._misses = Misses(self._meanings, self._terms)
         self._unquantised: dict[Value, Reason] = {}
         self._quantised: set[Value] = set()
         self._casts_to_eight_bits = False
@@ -92,33 +82,30 @@ class LiftedGraph:
             self._look_for_quantisations(value)
         return (term for term in reversed(self._terms[value]) if term.word == word)
 
-    def may_say_why(self, word: str) -> bool:
-        """Whether a near miss of a word may be known where the word itself is not."""
-        return word in ("add", "rms_norm") and bool(self._misses)
+    def followers(self, value: fx.Node) -> tuple[tuple[str, ...], bool]:
+        """What is done with a value behind casts and views that keep it, and whether the graph gives it away.
+
+        Of parts that are cut out only where nothing else is done: the last token is, in every model.
+        """
+        names: dict[str, None] = {}
+        parts: dict[str, None] = {}
+        waiting, ends = [value], False
+        while waiting:
+            for user in waiting.pop(0).users:
+                if user.op == "output":
+                    ends = True
+                elif user.op == "call_function" and self.tensor(user) is value:
+                    waiting.append(user)
+                else:
+                    miss = self._misses.get(user)
+                    (parts if miss is not None and miss.code == "part" else names)[called(user)] = None
+        return tuple(names or parts), ends
 
     def near_miss(self, value: Value, word: str) -> Reason | None:
         """What nearly is a word of a value, and is not."""
         if word in _FP8_WORDS:
             return self._unquantised.get(value)
-        if word not in _CONCERNS or not isinstance(value, fx.Node) or not self._misses:
-            return None
-        if (value, word) not in self._near:
-            self._near[value, word] = self._search_miss(value, word)
-        return self._near[value, word]
-
-    def _search_miss(self, value: fx.Node, word: str) -> Reason | None:
-        waiting, seen = list(value.users), dict.fromkeys(value.users)
-        found: list[Reason] = []
-        while waiting and len(seen) < _NEAR:
-            node = waiting.pop(0)
-            if node in self._misses:
-                found.append(self._misses[node])
-            elif node.target not in RULES and not is_cheap(node) and isinstance(node.meta.get("val"), torch.Tensor):
-                continue
-            more = [user for user in node.users if user not in seen and user.op == "call_function"]
-            waiting += more
-            seen |= dict.fromkeys(more)
-        return next((reason for code in _CONCERNS[word] for reason in found if reason.code in code), None)
+        return self._misses.near(value, word) if isinstance(value, fx.Node) else None
 
     def _add(self, term: Term) -> None:
         for operand in {id(o): o for o in term.operands.values() if isinstance(o, Value)}.values():

@@ -33,7 +33,7 @@ def _with(**changes):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"fused": 2}, "2 all_reduces were fused, needs 3"),
+        ({"fused": 2}, "2 all_reduces were recognised, needs 3"),
         ({"relative_error": 0.0121}, "the fused model is 0.0121 from float64, needs at most 0.012"),
         ({"relative_error": float("nan")}, "nan from float64"),
         (
@@ -54,7 +54,7 @@ def test_the_answer_is_no(run, monkeypatch, changes, says):
 
 def test_the_answer_is_yes(run, monkeypatch):
     monkeypatch.setattr(demo, "measure", lambda *args: _with(relative_error=0.0119))
-    assert run("demo").stdout.splitlines()[-1].startswith("as it should be: 3 of 3 all_reduces fused")
+    assert run("demo").stdout.splitlines()[-1].startswith("as it should be: 3 of 3 all_reduces recognised, ")
 
 
 def test_a_worker_that_fails(run, monkeypatch):

@@ -61,7 +61,10 @@ def user(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("user")
 def test_text(run):
     text = run("explain", "user_model:build").stdout
-    assert "dry run: nothing was changed; 1 of 1 all_reduces would be fused on 1 x cpu" in text
+    assert (
+        "dry run: nothing was changed; 0 of 1 all_reduces would be on a kernel, 1 as before (reference), on 1 x cpu"
+        in text
+    )
     assert "-> reference.all_reduce_add_rms_norm" in text
 
 

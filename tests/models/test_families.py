@@ -115,7 +115,7 @@ def test_why_no_longer_pattern_stands_there(outcome: Outcomes, name: str):
     ]
     for indices, (code, words) in refused.items():
         for index in indices:
-            reasons = [reason for decision in sites[index]["decisions"] for reason in decision["reasons"]]
+            reasons = [miss["reason"] for miss in sites[index]["near_misses"]]
             said = [f"{reason['found']}, needs {reason['needs']}" for reason in reasons if reason["code"] == code]
             assert any(words in each for each in said), (index, reasons)
 

@@ -80,7 +80,7 @@ def test_it_is_left_and_says_why(ran: Rans, name: str):
         assert len(rank.sites) == count
         for site in rank.sites:
             assert site["strategy"] is None
-            reasons = [reason for decision in site["decisions"] for reason in decision["reasons"]]
+            reasons = [miss["reason"] for miss in site["near_misses"]]
             assert any(reason["code"] == code and words in reason["found"] for reason in reasons), reasons
 
 

@@ -44,9 +44,9 @@ def test_a_chain_whose_inside_autograd_saves_is_left_and_says_which_value(traini
         assert len(forward["sites"]) == SITES
         for index, site in enumerate(forward["sites"]):
             longest = "all_reduce_rms_norm" if index == 0 else "all_reduce_add_rms_norm"
-            (decision,) = [d for d in site["decisions"] if d["strategy"] == f"reference.{longest}"]
-            (reason,) = decision["reasons"]
-            assert (decision["stage"], reason["code"]) == ("STRUCTURE", "live_value")
+            (miss,) = site["near_misses"]
+            reason = miss["reason"]
+            assert (miss["pattern"], reason["code"]) == (longest, "live_value")
             # autograd keeps 1 / rms of each norm: an output of the forward graph, which no pattern has
             assert reason["found"].startswith("rsqrt")
             assert reason["found"].endswith("is used by output")

@@ -1,0 +1,170 @@
+"""A report as plain JSON types and back. What sites share is written once: a model's layers are mostly alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from fusion_core.decide import Choice, Decision
+from fusion_core.figures import Figure
+from fusion_core.nearest import NearMiss
+from fusion_core.reason import Reason, Stage
+from fusion_core.report import SCHEMA, Merge, Report, SiteReport
+from fusion_core.site import dtype_name
+
+
+class _Table:
+    """Values in the order in which they are first asked for."""
+
+    def __init__(self) -> None:
+        self.places: dict[Any, int] = {}
+
+    def place(self, value: Any) -> int:
+        """Where the value is."""
+        return self.places.setdefault(value, len(self.places))
+
+
+def to_dict(report: Report) -> dict[str, Any]:
+    """The report as plain JSON types."""
+    reasons, lists = _Table(), _Table()
+    sites = [_site(site, reasons, lists) for site in report.sites]
+    return {
+        "schema": SCHEMA,
+        "origin": report.origin,
+        "compiled_at": report.compiled_at,
+        "versions": dict(report.versions),
+        "device": report.device,
+        "order": list(report.order),
+        "failures": list(report.failures),
+        "unavailable": _said(report.unavailable),
+        "disagreements": _said(report.disagreements),
+        "tables": dict(report.tables),
+        "untuned": _said(report.untuned),
+        "merges": [
+            {"nodes": list(merge.nodes), "reasons": _plain_reasons(merge.reasons), "graph": merge.graph}
+            for merge in report.merges
+        ],
+        "outcomes": [str(outcome) for outcome in report.outcomes],
+        "sites": sites,
+        "reasons": _plain_reasons(reasons.places),
+        "decisions": [
+            [
+                {"pattern": pattern, "strategy": strategy, "stage": stage, "reasons": list(places)}
+                for pattern, strategy, stage, places in decisions
+            ]
+            for decisions in lists.places
+        ],
+    }
+
+
+def _site(site: SiteReport, reasons: _Table, lists: _Table) -> dict[str, Any]:
+    own = _Table()
+    decisions = tuple(
+        (d.pattern, d.strategy, d.stage.name, tuple(own.place(reasons.place(reason)) for reason in d.reasons))
+        for d in site.decisions
+    )
+    return {
+        "pattern": site.pattern,
+        "strategy": site.strategy,
+        "is_definition": site.is_definition,
+        "node": site.node,
+        "graph": site.graph,
+        "attributes": _plain(site.attributes),
+        "near_misses": [{"pattern": miss.pattern, "reason": miss.reason.to_dict()} for miss in site.near_misses],
+        "decisions": lists.place(decisions),
+        "reasons": list(own.places),
+        "choices": [
+            {
+                "first": choice.first,
+                "strategy": choice.strategy,
+                "figure": None if choice.figure is None else dataclasses.asdict(choice.figure),
+            }
+            for choice in site.choices
+        ],
+        "run_time": _plain_reasons(site.run_time),
+    }
+
+
+def from_dict(data: Mapping[str, Any]) -> Report:
+    """The report that `to_dict` gave.
+
+    Raises:
+        ValueError: where the form is another version's.
+    """
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"the report has schema {data.get('schema')!r}, needs {SCHEMA}")
+    known = _reasons(data["reasons"])
+    shared: dict[tuple[int, tuple[int, ...]], tuple[Decision, ...]] = {}
+
+    def decisions(site: Mapping[str, Any]) -> tuple[Decision, ...]:
+        key = site["decisions"], tuple(site["reasons"])
+        if key not in shared:
+            own = [known[place] for place in key[1]]
+            shared[key] = tuple(
+                Decision(d["pattern"], d["strategy"], Stage[d["stage"]], tuple(own[place] for place in d["reasons"]))
+                for d in data["decisions"][key[0]]
+            )
+        return shared[key]
+
+    return Report(
+        tuple(_read_site(site, decisions(site)) for site in data["sites"]),
+        tuple(data["failures"]),
+        _heard(data["unavailable"]),
+        data["device"],
+        tuple(data["order"]),
+        data["origin"],
+        data["compiled_at"],
+        data["versions"],
+        tuple(Merge(tuple(merge["nodes"]), _reasons(merge["reasons"]), merge["graph"]) for merge in data["merges"]),
+        _heard(data["disagreements"]),
+        data["tables"],
+        _heard(data["untuned"]),
+    )
+
+
+def _read_site(site: Mapping[str, Any], decisions: tuple[Decision, ...]) -> SiteReport:
+    return SiteReport(
+        site["pattern"],
+        site["strategy"],
+        site["node"],
+        site["attributes"],
+        decisions,
+        tuple(
+            Choice(c["first"], c["strategy"], None if c["figure"] is None else Figure(**c["figure"]))
+            for c in site["choices"]
+        ),
+        tuple(NearMiss(miss["pattern"], Reason(**miss["reason"])) for miss in site["near_misses"]),
+        site["is_definition"],
+        site["graph"],
+    )
+
+
+def _plain_reasons(reasons: Iterable[Reason]) -> list[dict[str, Any]]:
+    return [reason.to_dict() for reason in reasons]
+
+
+def _reasons(items: Iterable[Mapping[str, Any]]) -> tuple[Reason, ...]:
+    return tuple(Reason(**item) for item in items)
+
+
+def _said(by_name: Mapping[str, Iterable[Reason]]) -> dict[str, list[dict[str, Any]]]:
+    return {name: _plain_reasons(reasons) for name, reasons in by_name.items()}
+
+
+def _heard(by_name: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, tuple[Reason, ...]]:
+    return {name: _reasons(items) for name, items in by_name.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value)

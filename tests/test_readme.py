@@ -32,7 +32,7 @@ def test_every_variable_it_names_is_one() -> None:
     for name, value in re.findall(r"`(FUSION_CORE_[A-Z_]+)=([^`]*)`", README):
         os.environ[name] = value
         try:
-            assert FusionConfig() != FusionConfig(None, False, "default", None, None, (), True, None)
+            assert FusionConfig() != FusionConfig(None, False, "default", None, None, (), False, None)
         finally:
             del os.environ[name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,14 +135,16 @@ def post_grad_only(own: Callable[[fx.Graph], None]) -> Callable[[fx.GraphModule,
 
 def _post_grad(graph_module: fx.GraphModule, inputs: Sequence[Any], is_inference: bool) -> Any:
     """What ``compile_fx_inner`` does up to the end of its post-grad passes, in the state in which it does it."""
-    from torch._dynamo.utils import preserve_rng_state
+    from torch._dynamo import config as dynamo_config
     from torch._inductor.compile_fx import _recursive_post_grad_passes, fake_tensor_prop, get_cuda_device_context
     from torch._inductor.fx_passes.post_grad import view_to_reshape
     from torch._inductor.virtualized import V
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module
     from torch.utils._python_dispatch import _disable_current_modes
 
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 2000))
     # Inductor's fake mode is set there and not entered: an operator that creates a tensor makes a real one
-    with _disable_current_modes(), preserve_rng_state():
+    with _disable_current_modes(), _use_lazy_graph_module(dynamo_config.use_lazy_graph_module):
         view_to_reshape(graph_module)
         with torch.no_grad():
             fake_mode = fake_tensor_prop(graph_module, list(inputs))

@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# A test of several ranks starts as many processes: two at a time fill two cores. A file is one worker's, with its pools.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
@@ -31,10 +33,10 @@ demo: $(STAMP) ## run the demonstration
 	$(BIN)/fusion-core demo
 
 test: $(STAMP) ## run the tests; more arguments by PYTEST_ARGS="-k name -n 4"
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not nightly" $(PYTEST_ARGS)
 
-test-nightly: $(STAMP) ## run the tests with many more generated examples
-	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest --timeout 3600 $(PYTEST_ARGS)
+test-nightly: $(STAMP) ## run every test, with many more generated examples and in fresh interpreters
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest --timeout 3600 --campaign $(PYTEST_ARGS)
 
 test-faults: $(STAMP) ## run the fault campaign whole, and print its table
 	$(BIN)/pytest tests/faults --campaign $(PYTEST_ARGS)

@@ -4,28 +4,13 @@ import functools
 import os
 from collections.abc import Iterator
 
-import hypothesis
 import pytest
 import torch
 
+from tests.support import profiles
 from tests.support.device import BACKEND
 
-hypothesis.settings.register_profile(
-    "ci",
-    derandomize=True,  # the same examples on every run: a red build is the change's own fault
-    deadline=None,  # the first example often compiles
-    max_examples=100,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.register_profile("dev", deadline=None, max_examples=20)
-hypothesis.settings.register_profile(
-    "nightly",
-    deadline=None,
-    max_examples=2000,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-    print_blob=True,
-)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+profiles.load()
 
 
 @functools.cache

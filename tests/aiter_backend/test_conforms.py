@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import profiles
+
 KIT = Path(__file__).with_name("kit") / "over_the_model.py"
 ROOT = Path(__file__).parents[2]
 
@@ -17,9 +19,8 @@ def run(arch: str, options: str) -> tuple[int, str]:
     """Tests that passed, and all that was printed."""
     environment = {**os.environ, "GPU_ARCHS": arch, "FUSION_CORE_OPTIONS": options, "FUSION_CORE_STRICT": "1"}
     arguments = ["-q", "-n0", "-p", "no:cacheprovider", str(KIT)]
-    if "HYPOTHESIS_PROFILE" not in environment:  # the same examples on every run
-        environment["HYPOTHESIS_PROFILE"] = "dev"
-        arguments.append("--hypothesis-seed=0")
+    profile = profiles.current()
+    environment["HYPOTHESIS_PROFILE"] = profiles.KIT_OVER_A_MODEL.get(profile, profile)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
         timeout=3600,

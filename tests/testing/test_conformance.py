@@ -83,7 +83,7 @@ DEFINITIONS = [each for each in subjects("reference") if each.strategy.impl is e
 
 
 @pytest.mark.parametrize("subject", DEFINITIONS, ids=str)
-def test_the_reference_is_compared_at_200_sites_of_each_pattern_in_ci(subject, monkeypatch):
+def test_the_reference_is_compared_at_twice_as_many_sites_as_the_profile_has_examples(subject, monkeypatch):
     compared = []
 
     def count(site, job, *args):

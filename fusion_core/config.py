@@ -12,6 +12,8 @@ from fusion_core.errors import ConfigError
 DETERMINISTIC = "deterministic"
 NUMERICS = ("default", DETERMINISTIC)
 PREFIX = "FUSION_CORE_"
+KEPT = 256
+"""Reports that a process keeps where the user says nothing."""
 SETTINGS = ("max_tokens", "numerics")
 """Fields of a config that a strategy's ``impl`` may take by name."""
 
@@ -66,6 +68,7 @@ _ENVIRONMENT: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_tokens": (_positive, "a whole number, 1 or more"),
     "merge": (_flag, "one of 1, true, yes, on, 0, false, no, off"),
     "table": (str, "the path of a file that fusion-core tune wrote, or 'none'"),
+    "reports": (_positive, "a whole number, 1 or more"),
     "options": (_options, "options of backends separated by commas, each as <backend>.<option>"),
 }
 
@@ -110,6 +113,8 @@ class FusionConfig:
         table: What `fusion-core tune` measured, by which strategies are chosen: the path of its file, ``"none"`` for no
             measurements; None for this user's own of this machine, else the one that comes with the package.
             ``FUSION_CORE_TABLE=/path/to/table.json``.
+        reports: How many reports this process keeps, the newest ones; see `fusion_core.reports`.
+            ``FUSION_CORE_REPORTS=1000``.
         options: Options of backends that are switched on, each as ``"<backend>.<option>"``; see `Strategy.option`.
             ``FUSION_CORE_OPTIONS=acme.fast,acme.overlap``.
 
@@ -133,6 +138,7 @@ class FusionConfig:
     options: tuple[str, ...] = _default("options", ())
     merge: bool = _default("merge", False)
     table: str | None = _default("table", None)
+    reports: int = _default("reports", KEPT)
 
     def __post_init__(self) -> None:
         if isinstance(self.order, str) or not (self.order is None or _all(self.order, str)):
@@ -148,6 +154,8 @@ class FusionConfig:
             raise ConfigError(f"numerics is {self.numerics!r}, needs one of {', '.join(NUMERICS)}")
         if self.table is not None and (not isinstance(self.table, str) or not self.table):
             raise ConfigError(f"table is {self.table!r}, needs the path of a file, 'none' for no table, or None")
+        if isinstance(self.reports, bool) or not isinstance(self.reports, int) or self.reports < 1:
+            raise ConfigError(f"reports is {self.reports!r}, needs a whole number of at least 1")
         for name, least in (("limit", 0), ("max_tokens", 1)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):

@@ -58,7 +58,7 @@ class Backend:
             compiled = _inductor.compile_graph(graph_module, inputs, patches)
         if key is not None and not heard:
             for report in report_cache.load(key) or [Report(())]:
-                history.record(dataclasses.replace(report, origin="cache"))
+                history.record(dataclasses.replace(report, origin="cache"), own.config.reports)
         return compiled
 
     def reset(self) -> None:

@@ -23,8 +23,8 @@ from fusion_core.site import Device
 CODE = "agreement"
 SAME = "the same on every rank"
 OWN = "fusion-core"
-_MAY_DIFFER = ("strict", "table")
-"""Fields in which configurations may differ: one changes no graph, the other names what is compared itself."""
+_MAY_DIFFER = ("strict", "table", "reports")
+"""Fields in which configurations may differ: they change no graph, or name what is compared itself."""
 
 Facts = Mapping[str, Any]
 

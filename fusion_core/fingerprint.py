@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as distribution_version
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fusion_core.config import KEPT
 from fusion_core.registry import Registry
 from fusion_core.site import Device
 from fusion_core.strategy import Strategy, schema_of
@@ -39,7 +40,7 @@ def fingerprint(registry: Registry, dry_run: bool = False) -> str:
         version(),
         torch.__version__,
         core_sources(),
-        registry.config,
+        replace(registry.config, reports=KEPT),  # how many are kept changes no graph
         dry_run,
         device,
         registry.tiers,

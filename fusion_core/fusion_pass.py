@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -89,7 +90,7 @@ class FusionPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite the chosen sites of a graph and record the report; a graph without a chosen site stays as it is."""
         report = self.run(graph)
-        history.record(report)
+        history.record(report, self.config.reports)
         self.registry.notify(report)
 
     def run(self, graph: fx.Graph) -> Report:
@@ -122,10 +123,11 @@ class FusionPass(CustomGraphPass):
             verdicts.append((anchor, judge(view, anchor, term, usable)))
         left = len(verdicts) if left is None else left
         sites = []
+        shared: dict[tuple[Decision, ...], tuple[Decision, ...]] = {}  # a model's layers are mostly alike
         for anchor, verdict in verdicts:
             site = self._settle(anchor, verdict, emitter, left > 0)
             left -= site.strategy is not None
-            sites.append(site)
+            sites.append(replace(site, decisions=shared.setdefault(site.decisions, site.decisions)))
         return self._report(tuple(sites), merges, device, common.reasons(groups), *self._tables(groups, common, device))
 
     def _settle(self, anchor: fx.Node, verdict: Verdict, emitter: Emitter, may_rewrite: bool) -> SiteReport:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from fusion_core.config import KEPT
 from fusion_core.report import Report
 
 _reports: list[Report] = []
@@ -13,10 +14,11 @@ _lock = threading.Lock()
 _listener = threading.local()
 
 
-def record(report: Report) -> None:
-    """Keep a report; a surrounding `collecting` of the same thread sees it too."""
+def record(report: Report, most: int = KEPT) -> None:
+    """Keep a report, and of the oldest none beyond ``most``; a surrounding `collecting` of the thread sees it too."""
     with _lock:
         _reports.append(report)
+        del _reports[:-most]
     for heard, then in getattr(_listener, "stack", ()):
         heard.append(report)
         then(heard)
@@ -35,7 +37,7 @@ def collecting(then: Callable[[list[Report]], object] = lambda heard: None) -> I
 
 
 def reports() -> tuple[Report, ...]:
-    """The reports of all graphs compiled in this process, oldest first."""
+    """The reports of the graphs compiled in this process, oldest first: the newest `FusionConfig.reports` of them."""
     with _lock:
         return tuple(_reports)
 

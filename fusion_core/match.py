@@ -293,29 +293,15 @@ def _mutated(view: LiftedGraph, bound: dict[str, Any], body: set[fx.Node]) -> Re
     """Whether something writes into a value of the place, or into an input before the place's last node."""
     last = max(view.position[node] for node in body)
     for node in body:
-        if found := writer(node, lambda user: user not in body):
+        if found := next((user for user in view.writers(node) if user not in body), None):
             return Reason("mutation", f"{found.name} writes into {node.name}", "a value that nothing writes into")
     for name, node in [(name, node) for name, value in bound.items() for node in nodes_of(value)]:
-        if found := writer(node, lambda user: user not in body and view.position[user] <= last):
+        inside = (user for user in view.writers(node) if user not in body and view.position[user] <= last)
+        if found := next(inside, None):
             return Reason(
                 "mutation",
                 f"{found.name} writes into {name} ({node.name}) inside the chain",
                 "an input that stays as it is",
                 name,
             )
-    return None
-
-
-def writer(node: fx.Node, counts: Any) -> fx.Node | None:
-    """A user that writes into a node's memory, looked for through views of it."""
-    for user in node.users:
-        arguments = getattr(getattr(user.target, "_schema", None), "arguments", ())
-        for argument, value in zip(arguments, user.args, strict=False):
-            if value is not node or argument.alias_info is None:
-                continue
-            if argument.alias_info.is_write:
-                if counts(user):
-                    return user
-            elif found := writer(user, counts):
-                return found
     return None

@@ -25,8 +25,8 @@ from fusion_core.emit import Inserter
 from fusion_core.lifting.collectives import all_reduces
 from fusion_core.lifting.meaning import dtype_of, same_shape, same_size, shape_of
 from fusion_core.lifting.readings import Readings
+from fusion_core.lifting.rule import writers
 from fusion_core.lifting.term import Term
-from fusion_core.match import writer
 from fusion_core.reason import Reason
 from fusion_core.report import Merge
 
@@ -231,7 +231,8 @@ def _writer(part: _Part, last: _Part, position: Mapping[fx.Node, int]) -> fx.Nod
     node = part.x
     while node.op == "call_function" and _is_alias(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]  # a view: others may write into what it views
-    return writer(node, lambda user: position[part.anchor] < position[user] < position[last.anchor])
+    between = (user for user in writers(node) if position[part.anchor] < position[user] < position[last.anchor])
+    return next(between, None)
 
 
 def _is_alias(node: fx.Node) -> bool:

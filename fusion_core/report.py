@@ -82,8 +82,15 @@ class SiteReport:
 
     @property
     def run_time(self) -> tuple[Reason, ...]:
-        """Why its strategy runs unfused in this process all the same; looked up anew each time, as calls come later."""
-        return () if self.strategy is None else fallen_back(self.strategy, self.attributes.get("group", ""))
+        """Why it runs unfused in this process all the same; looked up anew each time, as calls come later."""
+        return tuple(dict.fromkeys(reason for _, reason in self.fallen_back))
+
+    @property
+    def fallen_back(self) -> tuple[tuple[str, Reason], ...]:
+        """Each strategy that runs there, at some token count at least, and that runs unfused all the same → why."""
+        names = dict.fromkeys(name for name in (self.strategy, *(c.strategy for c in self.choices)) if name is not None)
+        group = self.attributes.get("group", "")
+        return tuple((name, reason) for name in names for reason in fallen_back(name, group))
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,29 @@ class _Table:
         return self.places.setdefault(value, len(self.places))
 
 
+class _Shared:
+    """What sites have in common."""
+
+    def __init__(self) -> None:
+        self.reasons, self.lists = _Table(), _Table()
+        self._known: dict[int, tuple[int, list[int]]] = {}
+
+    def place(self, decisions: tuple[Decision, ...]) -> tuple[int, list[int]]:
+        """Where a list of decisions is, and where each of the reasons that it speaks of."""
+        if id(decisions) not in self._known:  # equal sites of a compiled graph have one list among them
+            own = _Table()
+            plain = tuple(
+                (d.pattern, d.strategy, d.stage.name, tuple(own.place(self.reasons.place(why)) for why in d.reasons))
+                for d in decisions
+            )
+            self._known[id(decisions)] = self.lists.place(plain), list(own.places)
+        return self._known[id(decisions)]
+
+
 def to_dict(report: Report) -> dict[str, Any]:
     """The report as plain JSON types."""
-    reasons, lists = _Table(), _Table()
-    sites = [_site(site, reasons, lists) for site in report.sites]
+    shared = _Shared()
+    sites = [_site(site, shared) for site in report.sites]
     return {
         "schema": SCHEMA,
         "origin": report.origin,
@@ -49,23 +68,19 @@ def to_dict(report: Report) -> dict[str, Any]:
         ],
         "outcomes": [str(outcome) for outcome in report.outcomes],
         "sites": sites,
-        "reasons": _plain_reasons(reasons.places),
+        "reasons": _plain_reasons(shared.reasons.places),
         "decisions": [
             [
                 {"pattern": pattern, "strategy": strategy, "stage": stage, "reasons": list(places)}
                 for pattern, strategy, stage, places in decisions
             ]
-            for decisions in lists.places
+            for decisions in shared.lists.places
         ],
     }
 
 
-def _site(site: SiteReport, reasons: _Table, lists: _Table) -> dict[str, Any]:
-    own = _Table()
-    decisions = tuple(
-        (d.pattern, d.strategy, d.stage.name, tuple(own.place(reasons.place(reason)) for reason in d.reasons))
-        for d in site.decisions
-    )
+def _site(site: SiteReport, shared: _Shared) -> dict[str, Any]:
+    decisions, own = shared.place(site.decisions)
     return {
         "pattern": site.pattern,
         "strategy": site.strategy,
@@ -74,8 +89,8 @@ def _site(site: SiteReport, reasons: _Table, lists: _Table) -> dict[str, Any]:
         "graph": site.graph,
         "attributes": _plain(site.attributes),
         "near_misses": [{"pattern": miss.pattern, "reason": miss.reason.to_dict()} for miss in site.near_misses],
-        "decisions": lists.place(decisions),
-        "reasons": list(own.places),
+        "decisions": decisions,
+        "reasons": own,
         "choices": [
             {
                 "first": choice.first,

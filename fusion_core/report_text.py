@@ -186,8 +186,8 @@ def _grouped(sites: Iterable[SiteReport], said: Callable[[SiteReport], Iterator[
 
 
 def _at_run_time(site: SiteReport) -> Iterator[tuple[str, str]]:
-    for reason in site.run_time:
-        yield f"{site.strategy} runs unfused", str(reason)
+    for name, reason in site.fallen_back:
+        yield f"{name} runs unfused", str(reason)
 
 
 def _worth_saying(site: SiteReport) -> Iterator[tuple[str, str]]:

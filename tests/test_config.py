@@ -102,4 +102,5 @@ def test_a_config_as_plain_json_types() -> None:
         "options": [],
         "merge": False,
         "table": None,
+        "reports": 256,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,3 +47,16 @@ def called(node: fx.Node) -> str:
     if isinstance(origin, torch._ops.OpOverload) and origin.namespace == "aten":
         return str(origin._opname)
     return re.sub(r"(_\d+)+$", "", node.name)
+
+
+def writers(node: fx.Node) -> Iterator[fx.Node]:
+    """The users that write into a node's memory, looked for through views of it."""
+    for user in node.users:
+        arguments = getattr(getattr(user.target, "_schema", None), "arguments", ())
+        for argument, value in zip(arguments, user.args, strict=False):
+            if value is not node or argument.alias_info is None:
+                continue
+            if argument.alias_info.is_write:
+                yield user
+            else:
+                yield from writers(user)

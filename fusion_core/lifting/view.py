@@ -18,7 +18,7 @@ from fusion_core.lifting.meaning import Meaning, dtype_of, one_element, promoted
 from fusion_core.lifting.misses import Misses
 from fusion_core.lifting.norm import Norm, as_norm, root_of, split_weight
 from fusion_core.lifting.readings import Readings
-from fusion_core.lifting.rule import Rule, called
+from fusion_core.lifting.rule import Rule, called, writers
 from fusion_core.lifting.term import Sum, Term, Unheld
 from fusion_core.reason import Reason
 
@@ -48,6 +48,7 @@ class LiftedGraph:
         self._misses = Misses(self._meanings, self._terms)
         self._unquantised: dict[Value, Reason] = {}
         self._quantised: set[Value] = set()
+        self._writers: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self._casts_to_eight_bits = False
         for node in graph.nodes:
             if node.op == "call_function":
@@ -81,6 +82,12 @@ class LiftedGraph:
         if word.startswith("quantize_"):
             self._look_for_quantisations(value)
         return (term for term in reversed(self._terms[value]) if term.word == word)
+
+    def writers(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """What writes into a node's memory; found once, as all layers of a model may use one tensor."""
+        if node not in self._writers:
+            self._writers[node] = tuple(writers(node))
+        return self._writers[node]
 
     def followers(self, value: fx.Node) -> tuple[tuple[str, ...], bool]:
         """What is done with a value behind casts and views that keep it, and whether the graph gives it away.

@@ -2,12 +2,18 @@
 
 What ranks cannot know alone (has the library loaded everywhere, did the workspace come up everywhere) is exchanged
 here. A rank that fails or never comes makes all others reach the same outcome, each within the time limit.
+
+Each step has one outcome, which is one atomic write. Who is interrupted in a step and takes it again, with the same
+`Agreement` or another one of the same subject, finds what stands there. Where a rank's own store fails, it ends with a
+reason if the others cannot have seen that it came, since they will do without it; else it cannot know what they
+settled, and `NoAgreement` is raised.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,10 +22,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
 
-from fusion_core.errors import FusionError
+from fusion_core.group_store import CODE, GroupStore, NoAgreement, group_store
 from fusion_core.reason import Reason
+
+__all__ = ["Agreement", "NoAgreement", "disagreement"]
 
 ABANDONED = "abandoned"
 POLL = 0.005
@@ -28,12 +35,66 @@ PATIENCE = 30.0
 """Seconds after which one that still waits says for whom."""
 
 
-class NoAgreement(FusionError):
-    """The ranks of a group did not all take part, with the reason."""
+UNREADABLE = object()
+"""In place of a value that is no JSON."""
 
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
+
+def plain(text: bytes) -> Any:
+    """A value of plain JSON types that another rank wrote; `UNREADABLE` where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return UNREADABLE
+
+
+def reason_of(text: bytes) -> Reason:
+    """The reason that another rank wrote; one that says so where it cannot be read."""
+    given = plain(text)
+    try:
+        found = Reason(**given)
+    except TypeError:
+        found = None
+    if found is None or not all(isinstance(value, str) for value in (found.code, found.found, found.needs, found.hint)):
+        return Reason(CODE, "a rank gave a reason that cannot be read", "the same fusion_core on every rank")
+    return found
+
+
+class Waiting:
+    """One wait for other ranks.
+
+    Args:
+        subject: What for, as a phrase.
+        end: When it ends, by `time.monotonic`.
+        absent: Gives the names of the ranks that are waited for.
+    """
+
+    def __init__(self, subject: str, end: float, absent: Callable[[], Sequence[object]]) -> None:
+        self._subject, self._end, self._absent = subject, end, absent
+        self._start = time.monotonic()
+        self._silent = True
+
+    def over(self, limit: float) -> Reason | None:
+        """Wait a little; why no longer, where the time is over.
+
+        Args:
+            limit: The whole time in seconds, for the message.
+        """
+        now = time.monotonic()
+        if now > self._end:
+            found = f"rank {self._names()} did not take part in {self._subject} within {timedelta(seconds=limit)}"
+            return Reason(CODE, found, "every rank of the group to run the same graphs in the same order")
+        if not threading.main_thread().is_alive():  # Python waits for its threads, and nobody for what they would find
+            found = f"a process ended while it waited for rank {self._names()} in {self._subject}"
+            return Reason(CODE, found, "every rank of the group to run the same graphs in the same order")
+        if self._silent and now > self._start + PATIENCE:
+            self._silent = False
+            words = f"waiting for rank {self._names()} in {self._subject}, {self._end - now:.0f} s more at most"
+            warnings.warn(f"fusion_core: {words}", RuntimeWarning, stacklevel=4)
+        time.sleep(POLL if now < self._start + 1 else 4 * POLL)
+        return None
+
+    def _names(self) -> str:
+        return ", ".join(map(str, self._absent()))
 
 
 class Agreement:
@@ -42,15 +103,18 @@ class Agreement:
     Also what FlashInfer calls a communication backend (``Get_rank``, ``Get_size``, ``allgather``, ``bcast``,
     ``barrier``), for libraries that exchange handles between ranks.
 
+    In a group without a store, where no rank can hear of another one, `outcome` and `collect` give the reason and
+    `gather` raises it, on all ranks alike.
+
     Args:
         group: The process group.
         subject: Says what is agreed on, in messages too; the same on all ranks, and new for each `Agreement`
-            between the same ranks.
+            between the same ranks that is not the same one tried again.
         timeout: Seconds that a step waits for the other ranks.
         names: What the ranks are called in messages; None for their numbers in the group.
 
     Raises:
-        NoAgreement: where the group has no store to agree through.
+        NoAgreement: where the group is destroyed, its store fails, or this process is a fork of the one that made it.
     """
 
     def __init__(
@@ -60,14 +124,9 @@ class Agreement:
         self.subject = subject
         self.timeout = timeout
         self.names = range(self.size) if names is None else names
-        self._step = 0
-        try:
-            store = dist.distributed_c10d._get_process_group_store(group)
-        except KeyError as error:
-            raise NoAgreement(Reason("agreement", f"the group of {subject} is destroyed", "a living group")) from error
-        if store is None:
-            raise NoAgreement(Reason("agreement", f"the group of {subject} has no store", "a group made with one"))
-        self._store: Any = PrefixStore(f"fusion_core/{group.group_name}/{subject}", store)
+        self._step = 1
+        store = group_store(group)
+        self._store: GroupStore | None = None if store is None else store.part(subject)
 
     def gather(self, value: Any) -> list[Any]:
         """The picklable values of all ranks, in rank order.
@@ -75,19 +134,19 @@ class Agreement:
         Raises:
             NoAgreement: where a rank's value does not come in time, or it has left; the reason names the ranks.
         """
+        store = self._needed()
+        self._give(store, pickle.dumps(value))
+        failure = self._decide(store, may_leave=True)
+        values = self._given(store) if failure is None else []
         self._step += 1
-        keys = [f"{self._step}/{rank}" for rank in range(self.size)]
-        self._store.set(keys[self.rank], pickle.dumps(value))
-        arrived = self._wait(lambda: self._store.check(keys) or self._store.check([ABANDONED]), keys)
-        if not arrived:
-            raise NoAgreement(self._missing(keys))
-        if not self._store.check(keys):
-            raise NoAgreement(Reason(**json.loads(self._store.get(ABANDONED))))
-        return [pickle.loads(self._store.get(key)) for key in keys]
+        if failure is not None:
+            raise NoAgreement(failure)
+        return [self._loaded(rank, value) for rank, value in enumerate(values)]
 
     def abandon(self, reason: Reason) -> None:
         """Have the `gather` of every rank that still waits for this one raise `NoAgreement` at once."""
-        self._store.set(ABANDONED, json.dumps(self._ours(reason).to_dict()))
+        if self._store is not None:
+            self._store.set(ABANDONED, json.dumps(self._ours(reason).to_dict()))
 
     def outcome(self, failure: Reason | NoAgreement | None) -> Reason | None:
         """None where no rank has a failure; else the first failure that a rank reported, the same one on all ranks.
@@ -97,19 +156,34 @@ class Agreement:
 
         A rank that does not report in time is a failure too. Whoever is first to know settles the outcome in one
         atomic write, so that a late rank cannot come to another one.
+
+        Raises:
+            NoAgreement: where the store fails once the others know that this rank came, or where this rank has a
+                failure now and had none when it was interrupted in the same step.
         """
+        if self._store is None:
+            return self._storeless
+        reason = failure.reason if isinstance(failure, NoAgreement) else failure and self._ours(failure)
+        settled = None
+        try:
+            if reason is not None:  # before the others can see this rank: they would settle that all agree
+                settled = self._settle(self._store, reason)
+            self._give(self._store, b"here")
+        except NoAgreement as error:
+            if error.reason.code != CODE:
+                raise
+            self._step += 1
+            return settled or reason or error.reason
+        found = self._decide(self._store)
         self._step += 1
-        decision = f"{self._step}/decision"
-        keys = [f"{self._step}/{rank}" for rank in range(self.size)]
-        if failure is not None:  # before the others can see this rank: they would settle that all agree
-            self._settle(decision, failure.reason if isinstance(failure, NoAgreement) else self._ours(failure))
-        self._store.set(keys[self.rank], b"here")
-        return self._decide(decision, keys)
+        if reason is not None and found is None:
+            raise NoAgreement(reason)
+        return found
 
     def publish(self, value: Any) -> None:
         """Give a value of plain JSON types to a `collect` that follows; does not wait."""
-        self._step += 1
-        self._store.set(f"{self._step}/{self.rank}", json.dumps(value))
+        if self._store is not None:
+            self._give(self._store, json.dumps(value).encode())
 
     def collect(self, end: float | None = None) -> list[Any] | Reason:
         """What every rank published, in rank order; a reason, the same on all ranks, where one did not in time.
@@ -117,47 +191,86 @@ class Agreement:
         Args:
             end: When waiting ends, by `time.monotonic`; None for the time limit from now on.
         """
-        keys = [f"{self._step}/{rank}" for rank in range(self.size)]
-        failure = self._decide(f"{self._step}/decision", keys, end)
-        return [json.loads(self._store.get(key)) for key in keys] if failure is None else failure
+        if self._store is None:
+            return self._storeless
+        failure = self._decide(self._store, end)
+        values = self._given(self._store) if failure is None else []
+        self._step += 1
+        if failure is not None:
+            return failure
+        found = [plain(value) for value in values]
+        if UNREADABLE in found:
+            name = self.names[found.index(UNREADABLE)]
+            return Reason(CODE, f"rank {name} gave what is no JSON", "the same fusion_core on every rank")
+        return found
 
-    def _decide(self, decision: str, keys: Sequence[str], end: float | None = None) -> Reason | None:
-        """Wait for all keys or for the decision; the one that stands in the end."""
-        arrived = self._wait(lambda: self._store.check([decision]) or self._store.check(keys), keys, end)
-        settled = self._settle(decision, None if arrived else self._missing(keys))
-        return None if settled == "agreed" else Reason(**json.loads(settled))
+    @property
+    def _storeless(self) -> Reason:
+        return Reason(CODE, f"the group of {self.subject} has no store", "a group made with one")
 
-    def _settle(self, decision: str, failure: Reason | None) -> str:
-        """Write the outcome unless there is one; what stands there then."""
+    def _needed(self) -> GroupStore:
+        if self._store is None:
+            raise NoAgreement(self._storeless)
+        return self._store
+
+    def _keys(self) -> list[str]:
+        return [f"{self._step}/{rank}" for rank in range(self.size)]
+
+    def _give(self, store: GroupStore, value: bytes) -> None:
+        """Write this rank's value of the step; one that was there before it was interrupted remains: others have it."""
+        key = self._keys()[self.rank]
+        if not store.check([key]):
+            store.set(key, value)
+
+    def _given(self, store: GroupStore) -> list[bytes]:
+        return [store.get(key) or b"" for key in self._keys()]
+
+    def _loaded(self, rank: int, value: bytes) -> Any:
+        try:
+            return pickle.loads(value)
+        except Exception as error:  # another release's classes fail in any way
+            found = (
+                f"what rank {self.names[rank]} gave in {self.subject} cannot be read ({type(error).__name__}: {error})"
+            )
+            raise NoAgreement(Reason(CODE, found, "the same libraries on every rank")) from error
+
+    def _decide(self, store: GroupStore, end: float | None = None, *, may_leave: bool = False) -> Reason | None:
+        """Wait for the values of all ranks or for the decision; the one that is there in the end.
+
+        Args:
+            store: Where.
+            end: When waiting ends, by `time.monotonic`; None for the time limit from now on.
+            may_leave: Whether the wait ends where a rank has left by `abandon`.
+        """
+        keys, decision = self._keys(), f"{self._step}/decision"
+        left = [ABANDONED] if may_leave else []
+        problem = self._wait(
+            lambda: store.check([decision]) or store.check(keys) or (may_leave and store.check(left)), end, store
+        )
+        if problem is None and not store.check(keys) and may_leave and (said := store.get(ABANDONED)):
+            problem = reason_of(said)
+        return self._settle(store, problem)
+
+    def _settle(self, store: GroupStore, failure: Reason | None) -> Reason | None:
+        """Write the outcome unless there is one; what is there then."""
         text = "agreed" if failure is None else json.dumps(failure.to_dict())
-        settled: bytes = self._store.compare_set(decision, "", text)
-        return settled.decode()
+        settled = store.compare_set(f"{self._step}/decision", "", text)
+        return None if settled == b"agreed" else reason_of(settled)
 
     def _ours(self, reason: Reason) -> Reason:
         return replace(reason, found=f"rank {self.rank}: {reason.found}")
 
-    def _wait(self, done: Callable[[], bool], keys: Sequence[str], end: float | None = None) -> bool:
-        start = time.monotonic()
-        end = start + self.timeout if end is None else end
-        silent = True
+    def _wait(self, done: Callable[[], bool], end: float | None, store: GroupStore) -> Reason | None:
+        """Wait until it is done; why it is not in the end."""
+        end = time.monotonic() + self.timeout if end is None else end
+        waiting = Waiting(self.subject, end, lambda: self._absent(store))
         while not done():
-            now = time.monotonic()
-            if now > end:
-                return False
-            if silent and now > start + PATIENCE:
-                silent = False
-                words = f"waiting for rank {self._absent(keys)} in {self.subject}, {end - now:.0f} s more at most"
-                warnings.warn(f"fusion_core: {words}", RuntimeWarning, stacklevel=4)
-            time.sleep(POLL)
-        return True
+            if problem := waiting.over(self.timeout):
+                return problem
+        return None
 
-    def _absent(self, keys: Sequence[str]) -> str:
-        return ", ".join(str(name) for name, key in zip(self.names, keys, strict=True) if not self._store.check([key]))
-
-    def _missing(self, keys: Sequence[str]) -> Reason:
-        absent, limit = self._absent(keys), timedelta(seconds=self.timeout)
-        found = f"rank {absent} did not take part in {self.subject} within {limit}"
-        return Reason("agreement", found, "every rank of the group to run the same graphs in the same order")
+    def _absent(self, store: GroupStore) -> list[object]:
+        return [name for name, key in zip(self.names, self._keys(), strict=True) if not store.check([key])]
 
     def Get_rank(self) -> int:
         """This process's rank in the group."""

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from fusion_core.config import PREFIX
+from fusion_core.facts_shape import misshapen
 from fusion_core.fingerprint import core_sources, declaration, module_sources, version
+from fusion_core.group_store import CODE
 from fusion_core.loading import Backend
 from fusion_core.reason import Reason
 from fusion_core.registry import Registry
 from fusion_core.site import Device
 
-CODE = "agreement"
 SAME = "the same on every rank"
 OWN = "fusion-core"
 _MAY_DIFFER = ("strict", "table", "reports")
@@ -116,27 +117,30 @@ def _short(value: object) -> str:
 
 
 def digest(given: Facts) -> str:
-    """A hash of facts."""
-    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+    """A hash of all in facts that ranks compare, but the tuning table: equal where nothing differs."""
+    backends = {name: {**entry, "unavailable": _usable(entry)} for name, entry in given["backends"].items()}
+    return hashlib.sha256(json.dumps({**given, "backends": backends}, sort_keys=True).encode()).hexdigest()
 
 
-def compare(ranks: Sequence[Facts], names: Sequence[object]) -> Ground:
+def compare(ranks: Sequence[Any], names: Sequence[object]) -> Ground:
     """What ranks have in common.
 
     Args:
         ranks: The facts of each rank, with its ``table`` beside those of `facts`: fingerprint, None for no table, and
-            where it comes from.
+            where it comes from. Those of another release may be anything.
         names: What to call the ranks in reasons.
     """
     differ = _Comparison(tuple(names))
     nothing = "nothing is fused"
-    whole = [*differ(nothing, [each["fusion_core"] for each in ranks], "has fusion_core {}")]
-    if whole:  # another release may give other facts
+    if whole := [*differ(nothing, [_release(each) for each in ranks])]:  # another release may give other facts
         return Ground(tuple(whole))
+    for name, each in zip(names, ranks, strict=True):
+        if problem := misshapen(each):
+            return Ground((Reason(CODE, f"{nothing}: rank {name} gave facts of another shape ({problem})", SAME),))
     whole += differ(nothing, [each["torch"] for each in ranks], "has torch {}")
     whole += differ(nothing, [each["device"] for each in ranks], "runs on {}")
-    for name in ranks[0]["config"]:
-        values = [_said(each["config"][name]) for each in ranks]
+    for name in dict.fromkeys(name for each in ranks for name in each["config"]):
+        values = [_said(each["config"][name]) if name in each["config"] else "nothing" for each in ranks]
         hint = f"give all ranks one FusionConfig and one {PREFIX}{name.upper()}"
         whole += differ(nothing, values, f"has {name}={{}}", hint)
     taken: dict[str, Reason] = {}
@@ -154,6 +158,12 @@ def compare(ranks: Sequence[Facts], names: Sequence[object]) -> Ground:
         differ("nothing is merged", ["a backend" if some else "no backend" for some in loaded], "has {}"), None
     )
     return Ground(tuple(whole), taken, table, merging)
+
+
+def _release(given: Any) -> str:
+    """What a rank says that it runs."""
+    found = given.get("fusion_core") if isinstance(given, dict) else None
+    return f"has fusion_core {found}" if isinstance(found, str) else "does not say which fusion_core it has"
 
 
 def _said(value: Any) -> str:

@@ -15,7 +15,7 @@ from torch import fx
 
 from fusion_core import history
 from fusion_core._inductor import CustomGraphPass, decompositions
-from fusion_core.common_ground import Common, agree, known, so_far
+from fusion_core.common_ground import Common, agree, known, so_far, will_ask
 from fusion_core.config import DETERMINISTIC, FusionConfig
 from fusion_core.decide import Decision, Verdict, judge
 from fusion_core.emit import Emitter
@@ -62,6 +62,8 @@ class FusionPass(CustomGraphPass):
         self.dry_run = dry_run
         self._uuids: dict[tuple[Device, bool, str], str] = {}
         self._common: Common | None = None
+        if not dry_run:
+            will_ask(self.registry)
 
     def among(self, *groups: dist.ProcessGroup | str | None) -> FusionPass:
         """The pass for graphs whose all_reduces are in these process groups; in another one it fuses nothing.

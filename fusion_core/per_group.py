@@ -6,15 +6,17 @@ away from the caller's memory pool, is used by one stream at a time, and has to 
 
 from __future__ import annotations
 
-import functools
-import itertools
+import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -48,22 +50,39 @@ def host() -> str:
         return socket.gethostname()
 
 
-def outside(work: Callable[[], T]) -> T:
+def outside(work: Callable[[], T], lock: AbstractContextManager[Any] | None = None) -> T:
     """Run on a thread of our own, where the caller's memory pool, stream and autograd modes do not reach.
 
     Inductor warms a graph up with its memory in the graph's pool; what outlives the graph must not lie there.
+
+    A caller that is interrupted leaves the work running. Who comes again waits for it at the lock, and finds it done.
+
+    Args:
+        work: What to do.
+        lock: Held meanwhile, by that thread and not by the caller; None for one that such works of this process share.
     """
     if getattr(_inside, "yes", False):
         return work()
-    return _thread().submit(work).result()
+    future: Future[T] = Future()
+
+    def run() -> None:
+        _inside.yes = True
+        try:
+            with _one_at_a_time if lock is None else lock:
+                found = work()
+        except BaseException as error:  # noqa: BLE001  # the caller raises it
+            future.set_exception(error)
+        else:
+            future.set_result(found)
+
+    # no pool: its threads are gone in a fork, which would wait for them, and at the end of the process Python would
+    # wait for them with no way for them to hear of it
+    threading.Thread(target=run, name="fusion_core").start()
+    return future.result()
 
 
 _inside = threading.local()
-
-
-@functools.cache
-def _thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "fusion_core", initializer=lambda: setattr(_inside, "yes", True))
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -164,17 +183,31 @@ class Groups(Generic[P]):
     Args:
         make: From (key, the group, its number of ranks, the device) to an entry that holds nothing yet.
         backend: The backend's name, for what its ranks agree on.
+        one_at_a_time: Whether groups are prepared one after another: for a library that counts what it makes by process
+            and not by group. Threads that use several groups for the first time in another order on each rank wait for
+            each other's time limit then.
     """
 
     def __init__(
-        self, make: Callable[[Any, weakref.ref[dist.ProcessGroup], int, torch.device], P], backend: str
+        self,
+        make: Callable[[Any, weakref.ref[dist.ProcessGroup], int, torch.device], P],
+        backend: str,
+        *,
+        one_at_a_time: bool = False,
     ) -> None:
-        self.lock = threading.RLock()
         self.forms: dict[Any, Any] = {}
         self._make = make
         self._backend = backend
         self._held: dict[tuple[Any, ...], P] = {}
-        self._number: dict[str, itertools.count[int]] = {}
+        self._numbers: WeakKeyDictionary[dist.ProcessGroup, Counter[str]] = WeakKeyDictionary()
+        self._one_at_a_time = one_at_a_time
+        self._in_a_new_process()
+        _all.add(self)
+
+    def _in_a_new_process(self) -> None:
+        self.lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._preparing: dict[str, threading.Lock] = {}
 
     def __iter__(self) -> Iterator[P]:
         """The entries of groups that live."""
@@ -201,6 +234,12 @@ class Groups(Generic[P]):
             self.forms.clear()
         self.forms[form] = decided
 
+    def prepare(self, held: P, work: Callable[[], T]) -> T:
+        """Run what all ranks of a group do together, see `outside`; nothing else of this group meanwhile."""
+        with self._lock:
+            lock = self._preparing.setdefault("" if self._one_at_a_time else held.name, threading.Lock())
+        return outside(work, lock)
+
     def agreement(self, held: P, subject: str, timeout: float) -> Agreement:
         """A fresh agreement between the ranks of a group; numbered, since a subject may come again.
 
@@ -211,8 +250,10 @@ class Groups(Generic[P]):
         """
         group = held.group()
         assert group is not None
-        # never from the start again in this process: a later group of this name may meet in the same store
-        number = next(self._number.setdefault(held.name, itertools.count()))
+        with self._lock:
+            # by subject: what one rank alone needs shifts nothing else
+            number = self._numbers.setdefault(group, Counter())[subject]
+            self._numbers[group][subject] += 1
         return Agreement(group, f"{subject} ({self._backend}, step {number})", timeout)
 
     def release(self, group: str | None = None) -> None:
@@ -230,6 +271,21 @@ class Groups(Generic[P]):
     def _drop(self, key: tuple[Any, ...]) -> None:
         self.forms.clear()
         self._held.pop(key).release()
+
+
+_all: WeakSet[Groups[Any]] = WeakSet()
+
+
+def _in_a_fork() -> None:
+    """Threads of the parent, which may have held locks, are not here."""
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
+    _inside.yes = False
+    for groups in list(_all):
+        groups._in_a_new_process()
+
+
+os.register_at_fork(after_in_child=_in_a_fork)
 
 
 def _forget(groups: weakref.ref[Groups[Any]], key: tuple[Any, ...]) -> None:

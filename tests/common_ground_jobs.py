@@ -24,10 +24,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import fusion_core
 from fusion_core import Dialect, DType, FusionConfig, FusionPass, Reading, Reason, Registry, Strategy, common_ground
-from fusion_core import agreement as agreement_module
 from fusion_core._inductor import post_grad_only
 from fusion_core.common_ground import agree
 from fusion_core.dynamo import _pass_for
+from fusion_core.exchange import Exchange
 from fusion_core.fingerprint import core_sources
 from fusion_core.groups import mentioned
 from fusion_core.registry import GROUP
@@ -88,7 +88,7 @@ def of(*points: EntryPoint, **config: Any) -> Registry:
 
 def _with(ordinary: Registry, **environment: str) -> Registry:
     with mock.patch.dict(os.environ, environment):
-        return replace(ordinary, config=FusionConfig())
+        return replace(ordinary, config=FusionConfig(merge=True))
 
 
 def _table(us: float) -> Table:
@@ -315,9 +315,10 @@ def nobody_comes() -> float:
 
 
 def exchanges(bound: bool) -> list[Any]:
-    """How often the store is asked: by two passes over one group, by another configuration, and by a dry run."""
+    """How often ranks settle: for two passes over one group, for another configuration, and for a dry run."""
     group, counts = dist.new_group(), []
-    with limit(LIMIT), mock.patch.object(common_ground, "Agreement", wraps=agreement_module.Agreement) as made:
+    settle = Exchange.settle
+    with limit(LIMIT), mock.patch.object(Exchange, "settle", autospec=True, side_effect=settle) as made:
         compiled(group, of(), dry_run=True, bound=False)
         counts.append(made.call_count)
         for registry in (of(), of(), of(limit=0)):
@@ -423,7 +424,7 @@ def pretended() -> tuple[bool, bool]:
     """Whether a group of torch's fake backend, and one of a single rank, agree with themselves at once."""
     fake = dist.new_group(backend="fake")
     single = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
-    with mock.patch.object(common_ground, "Agreement", side_effect=AssertionError):
+    with mock.patch.object(common_ground, "group_store", side_effect=AssertionError):
         registry = of()
         return tuple(not agree([each.group_name], registry).grounds for each in (fake, single))  # type: ignore[return-value]
 

@@ -138,7 +138,7 @@ def test_a_destroyed_group_is_named():
         def size(self):
             return 2
 
-    with pytest.raises(NoAgreement, match="the group of a thing is destroyed"):
+    with pytest.raises(NoAgreement, match="the process group 'tp' is destroyed"):
         Agreement(Gone(), "a thing", 1)
 
 

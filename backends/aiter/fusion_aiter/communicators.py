@@ -21,7 +21,7 @@ from fusion_aiter.self_check import self_check
 from fusion_aiter.stages import MOST, MOST_SHARED, stage_at
 from fusion_core import Device, Reason, Status, per_group
 from fusion_core.agreement import NoAgreement
-from fusion_core.per_group import Groups, PerGroup, outside, resolve, synchronize
+from fusion_core.per_group import Groups, PerGroup, resolve, synchronize
 from fusion_core.run_time import fell_back
 
 LEAST = 1 << 20
@@ -100,7 +100,7 @@ class Communicators:
     """All communicators of this process."""
 
     def __init__(self) -> None:
-        self.groups: Groups[Held] = Groups(_entry, "aiter")
+        self.groups: Groups[Held] = Groups(_entry, "aiter", one_at_a_time=True)  # as AITER counts what it makes
 
     def ready(self, kernel: Kernel, x: Tensor, group: str, max_tokens: int | None, one_stage: bool) -> Ready | None:
         """The communicator for one call; None where all ranks run it unfused.
@@ -174,8 +174,7 @@ class Communicators:
             )
             fell_back(strategy, held.name, reason)
             return False
-        with self.groups.lock:
-            return outside(lambda: self._prepare_now(held, kernel, x, max_tokens, check, strategy))
+        return self.groups.prepare(held, lambda: self._prepare_now(held, kernel, x, max_tokens, check, strategy))
 
     def _prepare_now(
         self, held: Held, kernel: Kernel, x: Tensor, max_tokens: int | None, check: tuple[Any, ...], strategy: str

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusion_core import Reason, Status, per_group
 from fusion_core.agreement import NoAgreement
-from fusion_core.per_group import Groups, outside, resolve, synchronize
+from fusion_core.per_group import Groups, resolve, synchronize
 from fusion_core.run_time import fell_back
 from fusion_flashinfer import creation
 from fusion_flashinfer.held import Held, Ready
@@ -100,8 +100,7 @@ class Workspaces:
             )
             fell_back(_strategy(kernel, check, held.key), held.key[0], reason)
             return False
-        with self.groups.lock:
-            return outside(lambda: self._prepare_now(held, kernel, x, max_tokens, check))
+        return self.groups.prepare(held, lambda: self._prepare_now(held, kernel, x, max_tokens, check))
 
     def _prepare_now(
         self, held: Held, kernel: Kernel, x: Tensor, max_tokens: int | None, check: tuple[Any, ...]

@@ -16,7 +16,7 @@ from torch import Tensor
 from fusion_core import Reason, Status, per_group
 from fusion_core.agreement import NoAgreement
 from fusion_core.patterns.plain import all_reduce
-from fusion_core.per_group import Groups, PerGroup, outside, resolve, synchronize
+from fusion_core.per_group import Groups, PerGroup, resolve, synchronize
 from fusion_core.run_time import fell_back
 from fusion_core.self_check import farthest_off
 from fusion_reference import symm_mem
@@ -98,7 +98,7 @@ class Buffers:
     """
 
     def __init__(self) -> None:
-        self.groups: Groups[Held] = Groups(Held, "reference")
+        self.groups: Groups[Held] = Groups(Held, "reference", one_at_a_time=True)  # as torch counts exchanges
         self.exchanges = 0
         self.spoilt: Reason | None = None
 
@@ -155,8 +155,7 @@ class Buffers:
             )
             fell_back(strategy(kernel), held.name, reason)
             return False
-        with self.groups.lock:
-            return outside(lambda: self._prepare_now(held, kernel, x, max_tokens))
+        return self.groups.prepare(held, lambda: self._prepare_now(held, kernel, x, max_tokens))
 
     def _prepare_now(self, held: Held, kernel: str, x: Tensor, max_tokens: int | None) -> bool:
         if held.device.type == "cuda":

@@ -209,15 +209,11 @@ class _Worker:
         lifeline, its_lifeline = socket.socketpair()
         dump = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the worker
         handles = [theirs.fileno(), its_lifeline.fileno(), dump.fileno()]
-        path = [*(entry or os.getcwd() for entry in sys.path), *([] if os.getcwd() in sys.path else [os.getcwd()])]
         setup = {"rank": rank, "world_size": world_size, "backend": backend, "port": port, "handles": handles}
-        environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "OMP_NUM_THREADS": "1"}
-        if sys.platform == "linux":
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
         process = subprocess.Popen(
-            [sys.executable, "-c", _BOOTSTRAP, json.dumps({"path": path, **setup})],
+            [sys.executable, "-c", _BOOTSTRAP, json.dumps({"path": _path(), **setup})],
             stdin=subprocess.DEVNULL,
-            env=environment,
+            env=_environment(),
             pass_fds=handles,
             start_new_session=True,
         )
@@ -247,6 +243,19 @@ class _Worker:
         """Send a signal to the process and to all that it started."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, number)
+
+
+def _path() -> list[str]:
+    """This process's path, for another one: with the working directory, by its name."""
+    return [*(entry or os.getcwd() for entry in sys.path), *([] if os.getcwd() in sys.path else [os.getcwd()])]
+
+
+def _environment() -> dict[str, str]:
+    """A worker's environment."""
+    environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
+    return environment
 
 
 def _stacks(workers: Iterable[_Worker]) -> dict[int, str]:

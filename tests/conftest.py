@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.support import profiles
-from tests.support.device import BACKEND
+from fusion_core import workers
+from tests.support import forked, profiles
+from tests.support.device import BACKEND, DEVICE
 
 profiles.load()
 
@@ -30,6 +31,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             needs = marker.kwargs.get("devices", 1)
             if (found := _devices(kind)) < needs:
                 pytest.skip(f"found {found} {name} GPUs usable by torch {torch.__version__}, needs {needs}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_are_forked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As `tests.support.forked` says; a module that tests how workers start says ``FRESH_INTERPRETERS = True``."""
+    with pytest.MonkeyPatch.context() as patch:
+        if (
+            DEVICE.type == "cpu"
+            and profiles.current() != "nightly"
+            and not hasattr(request.module, "FRESH_INTERPRETERS")
+        ):
+            patch.setattr(workers._Worker, "launch", forked.launch)
+        yield
 
 
 @pytest.fixture(autouse=True)

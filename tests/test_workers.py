@@ -12,6 +12,8 @@ import torch.distributed as dist
 from fusion_core.errors import FusionError
 from fusion_core.workers import WorkerError, WorkerPool
 
+FRESH_INTERPRETERS = True
+
 # What follows runs in the workers, which import this module.
 
 

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+
+from fusion_core.workers import WorkerPool
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[WorkerPool]:
+    """Two real ranks, for all rows that need them."""
+    with WorkerPool(2) as pool:
+        yield pool
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_core.config import FusionConfig
 from fusion_core.decide import Decision
-from fusion_core.errors import BackendError, ConfigError, FusionError, PatternError
+from fusion_core.errors import BackendError, ConfigError, FusionError, PatternError, RanksDiffer
 from fusion_core.history import last_report, reports
 from fusion_core.hookspecs import hookimpl
 from fusion_core.known_faster import KnownFaster
@@ -75,6 +75,7 @@ __all__ = [
     "Pattern",
     "PatternError",
     "Present",
+    "RanksDiffer",
     "Reading",
     "Reason",
     "Refusal",

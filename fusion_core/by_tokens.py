@@ -1,8 +1,9 @@
-"""The operators ``torch.ops.fusion_core.by_tokens_*``: one place run one way or another, as its token count says.
+"""The operators ``torch.ops.fusion_core.by_tokens_*``: one place run one way or another, decided when it runs.
 
-For places whose token count is known only at run time. What runs from which count on was decided when the graph was
-compiled and stands in the graph as text, so that a graph from the compile cache decides alike; every rank compares the
-same count with the same text.
+For every kernel in a group of several ranks. It runs where all ranks are about to run the same graph, and unfused
+where they are not (`kernel_calls`). Where the token count is known only at run time, it decides too: what runs from
+which count on was decided when the graph was compiled, and is in the graph as text. So a graph from the compile cache
+decides alike, and every rank compares the same count with the same text.
 """
 
 from __future__ import annotations
@@ -11,26 +12,31 @@ import functools
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from fusion_core.config import FusionConfig
 from fusion_core.errors import BackendError
+from fusion_core.kernel_calls import Calls, calls_of
+from fusion_core.match import Match
 from fusion_core.paths import Path, Place, Rest
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.per_group import capturing
 from fusion_core.strategy import Strategy
+from fusion_core.tracing import scalars
 
 if TYPE_CHECKING:
     from fusion_core.registry import Registry
 
 MOST_OUTPUTS = 6
 """An operator's schema says how many results it has; patterns have up to five."""
+NAMES = tuple(f"fusion_core::by_tokens_{count}" for count in range(1, MOST_OUTPUTS + 1))
 
 _LIBRARY = torch.library.Library("fusion_core", "DEF")
 
@@ -78,6 +84,10 @@ class Plan:
             separators=(",", ":"),
         )
 
+    def without_group(self) -> Plan:
+        """The plan as ranks compare it, which may call one group by several names."""
+        return replace(self, scalars={name: value for name, value in self.scalars.items() if name != GROUP})
+
     @classmethod
     def of(cls, text: str) -> Plan:
         """The plan that `text` gave."""
@@ -105,10 +115,17 @@ def _heard(value: Any) -> Any:
 
 
 class Runner:
-    """A plan in this process, with the strategies behind its names."""
+    """A plan in this process, with the strategies behind its names.
 
-    def __init__(self, plan: Plan) -> None:
+    Args:
+        plan: The plan.
+        calls: The collectives of the graph that it is in; None for a place that is tried by itself.
+    """
+
+    def __init__(self, plan: Plan, calls: Calls | None = None) -> None:
         self.place = plan.place
+        self._calls = calls
+        self._kernels = tuple(name for _, name in plan.paths if name is not None)
         self.rest = Rest(self.place)
         self.firsts = [first for first, _ in plan.paths]
         self.paths = [
@@ -120,6 +137,7 @@ class Runner:
             )
             for _, name in plan.paths
         ]
+        self._unfused = Path(self.place, None, None, self.rest)
         self._prepared = not any(path.needs_rest for path in self.paths)
         self._strides: dict[Any, tuple[tuple[int, ...], ...]] = {}
 
@@ -133,7 +151,15 @@ class Runner:
             self._prepared = True
         tokens = x.numel() // x.shape[-1]
         path = self.paths[max(bisect_right(self.firsts, tokens) - 1, 0)]
+        if path.strategy is not None and self._hindered():
+            path = self._unfused
         return self._settled(x, others, path(x, others))
+
+    def _hindered(self) -> bool:
+        """Whether the ranks of the group do not all run this graph."""
+        if self._calls is None or (group := calls_of(self.place.group)) is None:
+            return False
+        return group.hindrance(self._calls, self._kernels) is not None
 
     def _settled(self, x: Tensor, others: Sequence[Tensor], results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The results with the strides that the graph was compiled for: kernels behind it take them for granted."""
@@ -206,25 +232,61 @@ def _installed() -> Registry:
 
 
 @functools.lru_cache(maxsize=1024)
-def _runner(text: str) -> Runner:
-    return Runner(Plan.of(text))
+def _runner(text: str, calls: str) -> Runner:
+    return Runner(Plan.of(text), Calls.from_text(calls) if calls else None)
 
 
-def _run(x: Tensor, others: list[Tensor], plan: str) -> Any:
-    results = _runner(plan)(x, others)
+def _run(x: Tensor, others: list[Tensor], plan: str, calls: str) -> Any:
+    results = _runner(plan, calls)(x, others)
     return results[0] if len(results) == 1 else results
 
 
-def _fake(x: Tensor, others: list[Tensor], plan: str) -> Any:
+def _fake(x: Tensor, others: list[Tensor], plan: str, calls: str) -> Any:
     results = _results(Plan.of(plan).place, x, others)
     return results[0] if len(results) == 1 else results
 
 
 for _count in range(1, MOST_OUTPUTS + 1):
     _returns = ", ".join(["Tensor"] * _count)
-    _LIBRARY.define(f"by_tokens_{_count}(Tensor(a!) x, Tensor[] others, str plan) -> ({_returns})")
+    _LIBRARY.define(f"by_tokens_{_count}(Tensor(a!) x, Tensor[] others, str plan, str calls) -> ({_returns})")
     _LIBRARY.impl(f"by_tokens_{_count}", _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusion_core::by_tokens_{_count}", _fake, lib=_LIBRARY)
+
+
+def is_guarded(traced: fx.GraphModule) -> bool:
+    """Whether a traced strategy is one of the operators of this module already."""
+    return any(node.target is auto_functionalized for node in traced.graph.nodes)
+
+
+def guarded(
+    match: Match,
+    paths: tuple[tuple[int, str | None], ...],
+    used: Mapping[str, Strategy],
+    config: FusionConfig,
+    patterns: Mapping[str, Pattern] = MappingProxyType({}),
+) -> Strategy:
+    """The operator that picks when it runs, as a strategy by the name of the first that it picks.
+
+    Args:
+        match: The place.
+        paths: The token counts from which on another strategy runs, and its name; None for torch's all_reduce.
+        used: The strategies of ``paths`` by name.
+        config: What the user set.
+        patterns: Those of strategies that are not for the place's own pattern.
+    """
+    pattern = match.pattern
+    live = tuple(match.outputs)
+    names = tuple(name for name in pattern.tensors if name != "x" and match.bound.get(name) is not None)
+    running = {name: used[name] for _, name in paths if name is not None}
+    settings = {
+        name: settings
+        for name, strategy in running.items()
+        if (settings := strategy.settings(patterns.get(strategy.pattern, pattern), config))
+    }
+    constants = {name: value for name, value in scalars(match).items() if name not in pattern.tensors}
+    plan = Plan(pattern.name, live, names, constants, paths, settings)
+    first = next(iter(running.values()))
+    return replace(first, pattern=pattern.name, impl=emitted(plan, running, pattern), outputs=live)
 
 
 def emitted(plan: Plan, strategies: Mapping[str, Strategy], pattern: Pattern) -> Callable[..., tuple[Tensor, ...]]:
@@ -245,7 +307,7 @@ def emitted(plan: Plan, strategies: Mapping[str, Strategy], pattern: Pattern) ->
     def run(**given: Any) -> tuple[Tensor, ...]:
         others = [given[name] for name in plan.names]
         # x may be overwritten where nobody needs it any more: Inductor finds out, and copies it where somebody does
-        returned: Any = auto_functionalized(operator, x=given["x"], others=others, plan=text)
+        returned: Any = auto_functionalized(operator, x=given["x"], others=others, plan=text, calls="")
         return tuple(returned[: len(plan.live)])
 
     return run

@@ -23,13 +23,11 @@ from fusion_core.decide import (
     unprofitable,
 )
 from fusion_core.figures import Figure, figure, is_definition
-from fusion_core.match import Match
 from fusion_core.nearest import Standing
 from fusion_core.reason import Reason, Stage
 from fusion_core.registry import Registry
 from fusion_core.site import Site
 from fusion_core.strategy import Strategy
-from fusion_core.tracing import scalars
 
 BARE = "all_reduce"
 
@@ -181,29 +179,10 @@ def _candidate(
         (each.first, None if each.strategy is None or _defines(used[each.strategy], registry) else each.strategy)
         for each in chosen
     )
-    strategy = _by_tokens(place.match, paths, used, registry)
+    from fusion_core.by_tokens import guarded  # torch.library, which a mere listing of backends does not need
+
+    strategy = guarded(place.match, paths, used, registry.config, registry.patterns)
     return Candidate(strategy, place.match, place.site, chosen)
-
-
-def _by_tokens(
-    match: Match, paths: tuple[tuple[int, str | None], ...], used: dict[str, Strategy], registry: Registry
-) -> Strategy:
-    """The operator that picks when it runs, as a strategy by the name of the first that it picks."""
-    from fusion_core.by_tokens import Plan, emitted  # torch.library, which a mere listing of backends does not need
-
-    pattern = match.pattern
-    live = tuple(match.outputs)
-    names = tuple(name for name in pattern.tensors if name != "x" and match.bound.get(name) is not None)
-    running = {name: used[name] for _, name in paths if name is not None}
-    settings = {
-        name: settings
-        for name, strategy in running.items()
-        if (settings := strategy.settings(registry.patterns[strategy.pattern], registry.config))
-    }
-    constants = {name: value for name, value in scalars(match).items() if name not in pattern.tensors}
-    plan = Plan(pattern.name, live, names, constants, paths, settings)
-    first = next(iter(running.values()))
-    return replace(first, pattern=pattern.name, impl=emitted(plan, running, pattern), outputs=live)
 
 
 def _defines(strategy: Strategy, registry: Registry) -> bool:

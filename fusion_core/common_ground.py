@@ -34,7 +34,7 @@ import torch.distributed as dist
 from fusion_core.exchange import Exchange
 from fusion_core.facts import Ground, compare, digest, facts
 from fusion_core.group_store import CODE, NoAgreement, group_store
-from fusion_core.groups import is_shared, resolved
+from fusion_core.groups import global_ranks, is_shared, resolved
 from fusion_core.reason import Reason
 from fusion_core.registry import Registry
 from fusion_core.site import Device
@@ -194,7 +194,7 @@ def _settle(groups: Mapping[str, dist.ProcessGroup], registry: Registry) -> dict
         if isinstance(outcome, Reason):
             ground = Ground((Reason(CODE, f"nothing is fused: {outcome.found}", outcome.needs),))
         else:
-            ground = Ground() if outcome is None else compare(outcome, _global_ranks(group))
+            ground = Ground() if outcome is None else compare(outcome, global_ranks(group))
         found[name] = _keep(name, group, hash_, ground)
     return found
 
@@ -217,7 +217,7 @@ def _exchange(group: dist.ProcessGroup) -> Exchange | None:
     store = group_store(group)
     with _lock:
         if store is not None and group not in _exchanges:
-            _exchanges[group] = Exchange(store, _global_ranks(group))
+            _exchanges[group] = Exchange(store, global_ranks(group))
         return _exchanges.get(group)
 
 
@@ -252,13 +252,6 @@ def _keep(name: str, group: dist.ProcessGroup, hash_: str, ground: Ground) -> Gr
     for reason in ground.reasons:
         warnings.warn(f"fusion_core: process group {name!r}: {reason}", RuntimeWarning, stacklevel=2)
     return ground
-
-
-def _global_ranks(group: dist.ProcessGroup) -> list[int]:
-    try:
-        return list(dist.get_process_group_ranks(group))
-    except (KeyError, RuntimeError, ValueError):
-        return list(range(group.size()))
 
 
 def _in_a_fork() -> None:

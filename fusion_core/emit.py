@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from fusion_core.by_tokens import guarded, is_guarded
 from fusion_core.config import FusionConfig
 from fusion_core.decide import Candidate
 from fusion_core.dialects.c10d_functional import COALESCED
 from fusion_core.lifting.meaning import same_shape, same_size, shape_of
 from fusion_core.lifting.term import held_by, nodes_of
 from fusion_core.lifting.view import LiftedGraph
+from fusion_core.pairing import PROVENANCE, SITE, is_collective, is_plain, seal
 from fusion_core.reason import Reason
 from fusion_core.site import TensorMeta, dtype_name
+from fusion_core.strategy import Strategy
 from fusion_core.tracing import Decompositions, Unplaceable, returned, scalars, trace
-
-PROVENANCE = "fusion_core"
-"""The key of ``node.meta`` that holds the name of the strategy which a node came from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +58,7 @@ class Emitter:
         self.decompositions = decompositions
         self.config = config
         self._traced: dict[object, fx.GraphModule] = {}
+        self._guarded: dict[object, Strategy] = {}
         self._taken: dict[fx.Node, str] = {}
         self._replaced: dict[fx.Node, fx.Node] = {}
 
@@ -88,12 +88,31 @@ class Emitter:
             fakes |= {name: fakes[name].reshape(sizes) for name, sizes in reshapes.items()}
         traced = self._trace(candidate, fakes)
         results = _results(candidate, traced)
+        if candidate.site.world_size > 1 and not is_plain(traced) and not is_guarded(traced):
+            candidate = self._guard(candidate)
+            traced = self._trace(candidate, fakes)
+            results = _results(candidate, traced)
         views = {
             node: self._sizes(shape_of(node))
             for node, name in found.holders.items()
             if not same_shape(shape_of(node), _in_bytes(results[name], node.meta["val"].dtype).shape)
         }
         return Plan(candidate, place, hoisted, inputs, reshapes, traced, views)
+
+    def _guard(self, candidate: Candidate) -> Candidate:
+        """The same through the operator that runs a kernel only where all ranks are about to."""
+        strategy, found = candidate.strategy, candidate.match
+        key = (strategy.name, tuple(scalars(found).items()), tuple(found.outputs), tuple(found.bound))
+        if key not in self._guarded:
+            try:
+                self._guarded[key] = guarded(found, ((1, strategy.name),), {strategy.name: strategy}, self.config)
+            except TypeError as error:  # a scalar that a graph cannot hold as text
+                raise Unplaceable(Reason("trace", str(error), "scalars that are plain values")) from error
+        return replace(candidate, strategy=self._guarded[key])
+
+    def seal(self) -> None:
+        """Once every site is placed: tell the kernels among which collectives they are."""
+        seal(self.graph)
 
     def claim(self, plan: Plan) -> None:
         """Keep the nodes of a planned site from other sites."""
@@ -107,6 +126,7 @@ class Emitter:
             place.append(node)
             place = node
         insert = Inserter(self.graph, self.view.position, place, found.erased[-1], plan.candidate.strategy.name)
+        insert.meta[SITE] = found.anchor.name
         tensors = []
         for name, nodes in plan.inputs.items():
             if name in plan.reshapes:
@@ -218,23 +238,6 @@ class Emitter:
         if key not in self._traced:
             self._traced[key] = trace(strategy, found, fakes, self.decompositions, self.config)
         return self._traced[key]
-
-
-_GROUPS = ("group", "group_name", "process_group")
-"""What operators call the argument that names a process group."""
-
-
-def is_collective(node: fx.Node) -> bool:
-    """Whether ranks meet in a node: a collective of torch, a strategy's operator, or another one that names a group."""
-    if node.op != "call_function":
-        return False
-    if isinstance(node.target, HigherOrderOperator):
-        return PROVENANCE in node.meta
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace in ("aten", "prims"):
-        return False
-    if node.target.namespace == "_c10d_functional":
-        return node.target is not torch.ops._c10d_functional.wait_tensor.default
-    return PROVENANCE in node.meta or any(argument.name in _GROUPS for argument in node.target._schema.arguments)
 
 
 def _writes(node: fx.Node) -> bool:

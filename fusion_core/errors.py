@@ -17,6 +17,10 @@ class PatternError(FusionError):
     """A pattern or dialect whose definition cannot be used, or a pattern name nobody defined."""
 
 
-for _error in (FusionError, ConfigError, BackendError, PatternError):
+class RanksDiffer(FusionError):
+    """The ranks of a group run different graphs, and one of them may be inside a kernel that pairs with nothing."""
+
+
+for _error in (FusionError, ConfigError, BackendError, PatternError, RanksDiffer):
     _error.__module__ = "fusion_core"  # tracebacks then show the path that users import from
 del _error

@@ -130,6 +130,7 @@ class FusionPass(CustomGraphPass):
             site = self._settle(anchor, verdict, emitter, left > 0)
             left -= site.strategy is not None
             sites.append(replace(site, decisions=shared.setdefault(site.decisions, site.decisions)))
+        emitter.seal()
         return self._report(tuple(sites), merges, device, common.reasons(groups), *self._tables(groups, common, device))
 
     def _settle(self, anchor: fx.Node, verdict: Verdict, emitter: Emitter, may_rewrite: bool) -> SiteReport:

@@ -66,6 +66,14 @@ def is_shared(group: dist.ProcessGroup) -> bool:
         return True  # destroyed; whoever needs its ranks will hear of it
 
 
+def global_ranks(group: dist.ProcessGroup) -> list[int]:
+    """The ranks of a group as the whole job numbers them."""
+    try:
+        return list(dist.get_process_group_ranks(group))
+    except (KeyError, RuntimeError, ValueError):
+        return list(range(group.size()))
+
+
 def mentioned(graph_module: fx.GraphModule, inputs: Iterable[Any]) -> tuple[str, ...]:
     """Names of the groups that a graph of Dynamo can communicate in, as far as it shows.
 

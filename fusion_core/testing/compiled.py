@@ -10,12 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusion_core._inductor import CustomGraphPass, post_grad_only
-from fusion_core.emit import PROVENANCE
+from fusion_core.by_tokens import strategy_of
 from fusion_core.fusion_pass import FusionPass
+from fusion_core.pairing import PROVENANCE, plan_of
 from fusion_core.patterns.definition import GROUP
 from fusion_core.report import SiteReport
 from fusion_core.site import Site
-from fusion_core.testing.jobs import Outcome, definition, tensors, wide
+from fusion_core.testing.jobs import Outcome, definition, operator_name, tensors, wide
 from fusion_core.testing.subject import Subject
 from fusion_core.testing.tensors import Values
 from fusion_core.testing.tolerance import excess
@@ -62,6 +63,13 @@ def compile_it(subject: Subject, site: Site, values: Values) -> Compiled:
     return Compiled(look.site, look.targets, outcome)
 
 
+def _targets(node: torch.fx.Node) -> list[str]:
+    """The operators that a node runs."""
+    if (plan := plan_of(node)) is None:
+        return [str(node.target)]
+    return [operator_name(strategy_of(name).impl) or name for _, name in plan.paths if name is not None]
+
+
 class _Look(CustomGraphPass):
     """The pass, and a look at what it left."""
 
@@ -73,7 +81,7 @@ class _Look(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         report = self.own.run(graph)
         self.site = next(iter(report.sites), self.site)
-        self.targets += [str(node.target) for node in graph.nodes if PROVENANCE in node.meta]
+        self.targets += [each for node in graph.nodes if PROVENANCE in node.meta for each in _targets(node)]
 
     def uuid(self) -> None:
         """None: nothing is cached."""

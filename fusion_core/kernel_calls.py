@@ -152,8 +152,8 @@ def calls_of(name: str) -> GroupCalls | None:
     group = resolved(name)
     if group is None or not is_shared(group):
         return None
-    with _lock:
-        found = _of_group.get(group)
-        if found is None:
-            found = _of_group[group] = GroupCalls(weakref.ref(group), name)
+    found = _of_group.get(group)
+    if found is None:
+        with _lock:
+            found = _of_group.setdefault(group, GroupCalls(weakref.ref(group), name))
     return found

@@ -20,6 +20,7 @@ from fusion_core.decide import Usable, best_first, weigh
 from fusion_core.errors import BackendError, ConfigError
 from fusion_core.figures import figure
 from fusion_core.groups import group_name, resolved, world_size
+from fusion_core.kernel_calls import Calls, calls_of
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.reason import Stage
@@ -51,7 +52,9 @@ def eager(pattern: Pattern) -> Callable[..., Any]:
         else:
             _check(pattern, bound)
             config = FusionConfig() if config is None else config
-            strategy = _choose(pattern, bound, name, wanted, config)
+            strategy, calls = _choose(pattern, bound, name, wanted, config)
+            if calls is not None and (known := calls_of(name)) and known.hindrance(calls, (strategy.name,)):
+                strategy = _unfused(pattern)
             accepted = strategy.accepts(pattern)
             scalars = {key: value for key, value in bound.items() if key in pattern.scalars and key in accepted}
             tensors = {key: bound[key] for key in pattern.tensors}
@@ -97,8 +100,8 @@ def _check(pattern: Pattern, bound: dict[str, Any]) -> None:
 
 def _choose(
     pattern: Pattern, bound: dict[str, Any], group: str, wanted: tuple[str, ...], config: FusionConfig
-) -> Strategy:
-    """The best usable strategy for these tensors; decided once for tensors of one form."""
+) -> tuple[Strategy, Calls | None]:
+    """The best usable strategy for these tensors, and what ranks agree on first; once for tensors of one form."""
     tensors = [(name, TensorMeta.of(bound[name])) for name in pattern.tensors if bound[name] is not None]
     scalars = [(name, bound[name]) for name in pattern.scalars]
     key = (pattern.name, tuple(tensors), tuple(scalars), bound["x"].device, wanted, config)
@@ -106,11 +109,20 @@ def _choose(
     assert known is not None
     chosen = _chosen.setdefault(known, {})  # by the group itself: one that was destroyed leaves its name to the next
     if key not in chosen:
-        chosen[key] = _decide(pattern, bound, dict(tensors), group, wanted, config)
+        strategy = _decide(pattern, bound, dict(tensors), group, wanted, config)
+        words = f"{strategy.name} in fusion_core.ops.{pattern.name}"
+        form = [f"{name} {meta}" for name, meta in tensors] + [f"{scalars} {wanted}", words]
+        chosen[key] = strategy, None if strategy.impl is pattern.function else Calls.of(form, words)
     return chosen[key]
 
 
-_chosen: WeakKeyDictionary[torch.distributed.ProcessGroup, dict[Any, Strategy]] = WeakKeyDictionary()
+_chosen: WeakKeyDictionary[torch.distributed.ProcessGroup, dict[Any, tuple[Strategy, Calls | None]]] = (
+    WeakKeyDictionary()
+)
+
+
+def _unfused(pattern: Pattern) -> Strategy:
+    return Strategy(pattern.name, "unfused.definition", pattern.function)
 
 
 def _decide(
@@ -145,7 +157,7 @@ def _decide(
             usable.append((strategy, pattern, found))
         reasons.extend(f"{strategy.name}: {reason}" for reason in why)
     if not usable and common.reasons([group]):  # a warning has said so; the others do the same
-        return Strategy(pattern.name, "unfused.definition", pattern.function)
+        return _unfused(pattern)
     if not usable:
         raise BackendError(
             f"no strategy can run {pattern.name} here: {'; '.join(reasons) or 'no backend in use has one'}"

@@ -28,6 +28,7 @@ from fusion_core import (
     common_ground,
     history,
     kernel_calls,
+    ops,
 )
 from fusion_core._inductor import post_grad_only
 from fusion_core.registry import GROUP
@@ -277,3 +278,33 @@ def interrupted(times: int) -> Found:
         time.sleep(1.0)
         session(call)
     return session.done()
+
+
+def by_hand(differ: bool) -> Found:
+    """The eager function of the pattern, where rank 1 may take another strategy."""
+    session, odd = Session(), dist.get_rank() == 1
+    x, residual, weight = given(dist.get_rank())
+    name = session.group.group_name
+    own = registry(gathered, OnThisRank(differ and odd))
+    exactly = exact_sum()
+    with (
+        mock.patch.object(ops, "_registry_for", return_value=own),
+        mock.patch.object(kernel_calls, "TIMEOUT", session.limit),
+        warnings.catch_warnings(record=True) as warned,
+        torch.no_grad(),
+    ):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            ran.clear()
+            results = ops.all_reduce_add_rms_norm(x, residual, weight, EPS, group=name)
+            session.found.ran.append(len(ran))
+            off = (float((a.double() - b).abs().max()) for a, b in zip(results, exactly, strict=True))
+            session.found.errors.append(max(off))
+    session.found.warned = [str(each.message) for each in warned]
+    return session.done()
+
+
+def exact_sum() -> tuple[Tensor, Tensor]:
+    tensors = [given(rank) for rank in range(dist.get_world_size())]
+    h = tensors[0][1].double() + sum(x.double() for x, *_ in tensors)
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS) * tensors[0][2].double(), h

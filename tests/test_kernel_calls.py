@@ -79,3 +79,13 @@ def test_an_interrupted_rank_that_tries_again_ends_like_the_others(two: WorkerPo
     for found in two.run(jobs.interrupted, times):
         assert max(found.errors) < EXACT
         assert (found.ran[-1], found.warned) == (2, [])
+
+
+@pytest.mark.parametrize("differ", [False, True], ids=["alike", "another strategy on one rank"])
+def test_the_eager_functions_agree_as_well(two: WorkerPool, differ: bool) -> None:
+    here, there = two.run(jobs.by_hand, differ)
+    for found in (here, there):
+        assert max(found.errors) < EXACT
+        assert found.ran == ([0, 0] if differ else [1, 1])
+    assert [COMES in text for text in here.warned] == ([True] if differ else [])
+    assert there.warned == []

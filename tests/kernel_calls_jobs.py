@@ -98,6 +98,7 @@ class Found:
         warned: What was warned of.
         seconds: That each call took.
         raised: The error of the last call.
+        sites: What was found at each all_reduce, and what runs there.
     """
 
     errors: list[float] = field(default_factory=list)
@@ -106,6 +107,7 @@ class Found:
     warned: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     raised: str = ""
+    sites: list[tuple[str, str | None]] = field(default_factory=list)
 
 
 def given(rank: int, tokens: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -308,3 +310,28 @@ def exact_sum() -> tuple[Tensor, Tensor]:
     tensors = [given(rank) for rank in range(dist.get_world_size())]
     h = tensors[0][1].double() + sum(x.double() for x, *_ in tensors)
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS) * tensors[0][2].double(), h
+
+
+def side_by_side(break_on_one: bool) -> Found:
+    """Attention and MLP side by side, by ``torch.compile(backend="fusion_core")`` as users call it; nothing set."""
+    odd, found = dist.get_rank() == 1, Found()
+
+    def block(x: Tensor, y: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        attention = funcol.all_reduce(x * 1, "sum", dist.group.WORLD)
+        if odd and break_on_one:
+            torch._dynamo.graph_break()
+        mlp = funcol.all_reduce(y * 2, "sum", dist.group.WORLD)
+        hidden = residual + (attention + mlp)
+        return hidden + funcol.all_reduce(norm(hidden, weight) * y, "sum", dist.group.WORLD)
+
+    x, residual, weight = given(dist.get_rank())
+    y = x.flip(0) + 1
+    torch._dynamo.reset()
+    with torch.no_grad(), history.collecting() as reports:
+        wanted = block(x, y, residual, weight)
+        compiled = torch.compile(block, backend="fusion_core")
+        for _ in range(2):
+            found.errors.append(float((compiled(x, y, residual, weight) - wanted).abs().max()))
+    found.sites = [(site.pattern, site.strategy) for report in reports for site in report.sites]
+    dist.barrier()
+    return found

@@ -89,3 +89,10 @@ def test_the_eager_functions_agree_as_well(two: WorkerPool, differ: bool) -> Non
         assert found.ran == ([0, 0] if differ else [1, 1])
     assert [COMES in text for text in here.warned] == ([True] if differ else [])
     assert there.warned == []
+
+
+@pytest.mark.parametrize("break_on_one", [False, True], ids=["one graph", "a graph break on one rank"])
+def test_all_reduces_side_by_side_pair_whatever_graph_they_are_in(two: WorkerPool, break_on_one: bool) -> None:
+    here, there = two.run(jobs.side_by_side, break_on_one)
+    assert max(here.errors + there.errors) < EXACT
+    assert [pattern for pattern, _ in here.sites] == ["all_reduce", "all_reduce_add_rms_norm", "all_reduce"]

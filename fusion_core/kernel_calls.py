@@ -150,10 +150,10 @@ _lock = threading.Lock()
 def calls_of(name: str) -> GroupCalls | None:
     """What the ranks of a group have agreed to run; None of a group without other ranks."""
     group = resolved(name)
-    if group is None or not is_shared(group):
+    if group is None:
         return None
-    found = _of_group.get(group)
-    if found is None:
+    found = _of_group.get(group)  # first: each call of a kernel comes by here
+    if found is None and is_shared(group):
         with _lock:
             found = _of_group.setdefault(group, GroupCalls(weakref.ref(group), name))
     return found

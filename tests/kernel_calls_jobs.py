@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
@@ -68,6 +68,19 @@ class OnThisRank:
         return "OnThisRank()"
 
 
+@torch.library.custom_op("fusion_core_tests::gathered_late", mutates_args=())
+def fails_late(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = gathered(x, residual, weight, eps, group)
+    return found
+
+
+@fails_late.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
+    if dist.get_rank() == 1:
+        raise RuntimeError("not on this rank")
+    return torch.empty_like(x), torch.empty_like(x)
+
+
 def fails_to_trace(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
     if dist.get_rank() == 1:
         raise RuntimeError("not on this rank")
@@ -95,6 +108,7 @@ class Found:
         errors: Of each call's results, against float64.
         ran: How many kernels each call ran.
         run_time: Why sites run unfused.
+        refused: What the report says that ranks differ in.
         warned: What was warned of.
         seconds: That each call took.
         raised: The error of the last call.
@@ -104,6 +118,7 @@ class Found:
     errors: list[float] = field(default_factory=list)
     ran: list[int] = field(default_factory=list)
     run_time: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     warned: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     raised: str = ""
@@ -116,16 +131,30 @@ def given(rank: int, tokens: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.randn(tokens, HIDDEN, generator=common), torch.rand(HIDDEN, generator=common) + 0.5
 
 
-def model(group: dist.ProcessGroup, broken: bool = False) -> Callable[..., Any]:
-    """Two all_reduces, each with its norm; ``broken`` breaks the graph between them."""
+BETWEEN = ("between",)
+EVERYWHERE = ("in front", "before the norm", "between", "before the last norm", "behind")
+
+
+def model(group: dist.ProcessGroup, breaks: Sequence[str] = ()) -> Callable[..., Any]:
+    """Two all_reduces, each with its norm; the graph breaks at these places."""
 
     def forward(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
-        h = residual + funcol.all_reduce(x * 1, "sum", group)
+        x = x * 1
+        if "in front" in breaks:
+            torch._dynamo.graph_break()
+        h = residual + funcol.all_reduce(x, "sum", group)
+        if "before the norm" in breaks:
+            torch._dynamo.graph_break()
         normed = norm(h, weight)
-        if broken:
+        if "between" in breaks:
             torch._dynamo.graph_break()
         h = h + funcol.all_reduce(normed * 0.5, "sum", group)
-        return norm(h, weight), h
+        if "before the last norm" in breaks:
+            torch._dynamo.graph_break()
+        normed = norm(h, weight)
+        if "behind" in breaks:
+            torch._dynamo.graph_break()
+        return normed + 0, h
 
     return forward
 
@@ -151,17 +180,17 @@ class Session:
         self.reports: list[fusion_core.Report] = []
         torch._dynamo.reset()
 
-    def compiled(self, own: Registry, *, broken: bool = False, whole: bool = False, **more: Any) -> Callable[..., Any]:
+    def compiled(self, own: Registry, *, breaks: Sequence[str] = (), whole: bool = False) -> Callable[..., Any]:
         """The model compiled: up to Inductor's post-grad graph, or whole."""
-        function = model(self.group, broken)
+        function = model(self.group, breaks)
         with mock.patch.object(common_ground, "TIMEOUT", self.limit), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fused = FusionPass(registry=own).among(self.group)
         if whole:
             options = {"post_grad_custom_post_pass": fused, "fx_graph_cache": False}
-            return torch.compile(function, options=options, **more)
+            return torch.compile(function, options=options)
         run = fused.run
-        return torch.compile(function, backend=post_grad_only(lambda g: self.reports.append(run(g))), **more)
+        return torch.compile(function, backend=post_grad_only(lambda g: self.reports.append(run(g))))
 
     def __call__(self, function: Callable[..., Any], tokens: int = 4, dynamic: bool = False) -> None:
         ran.clear()
@@ -186,6 +215,7 @@ class Session:
 
     def done(self) -> Found:
         sites = [site for report in self.reports for site in report.sites]
+        self.found.refused = [str(r) for report in self.reports for each in report.disagreements.values() for r in each]
         self.found.run_time = sorted({str(reason) for site in sites for reason in site.run_time})
         dist.barrier()  # of the default group: the other rank is through as well
         return self.found
@@ -200,13 +230,23 @@ def alike(whole: bool, dynamic: bool) -> Found:
     return session.done()
 
 
+BREAKS = {
+    "a graph break": BETWEEN,
+    "a break in front": ("in front",),
+    "a break behind": ("behind",),
+    "breaks everywhere": EVERYWHERE,
+}
+
+
 def differing(how: str) -> Found:
     """Rank 1 differs."""
     session, odd = Session(), dist.get_rank() == 1
     own = {
         "a requirement": lambda: registry(gathered, OnThisRank(odd)),
         "a trace that fails": lambda: registry(fails_to_trace),
+        "a fake that fails": lambda: registry(fails_late),
         "an order": lambda: registry(order=("reference",)) if odd else registry(),
+        "a limit": lambda: registry(limit=1) if odd else registry(),
     }.get(how, registry)()
     if how == "suppressed errors" and odd:
         with torch._dynamo.config.patch(suppress_errors=True):
@@ -214,7 +254,9 @@ def differing(how: str) -> Found:
             call = torch.compile(model(session.group), backend=_raises)
             session(call)
     else:
-        call = session.compiled(own, broken=odd and how == "a graph break", whole=how == "a graph break")
+        call = session.compiled(own, breaks=BREAKS.get(how, ()) if odd else (), whole=how == "a graph break")
+        if how == "eager" and odd:
+            call = model(session.group)
         session(call, dynamic=odd and how == "dynamic sizes")
     session(call, dynamic=odd and how == "dynamic sizes")
     return session.done()
@@ -229,7 +271,7 @@ def both_take_other_graphs(changed: bool) -> Found:
     session, odd = Session(), dist.get_rank() == 1
     first = session.compiled(registry())
     session(first)
-    session(session.compiled(registry(), broken=odd and changed), 6)
+    session(session.compiled(registry(), breaks=BETWEEN if odd and changed else ()), 6)
     session(first)
     return session.done()
 
@@ -240,7 +282,7 @@ def one_takes_another_graph() -> Found:
     first = session.compiled(registry())
     session(first)
     if odd:
-        other = session.compiled(registry(), broken=True)
+        other = session.compiled(registry(), breaks=BETWEEN)
         try:
             session(other)
         except RanksDiffer as error:

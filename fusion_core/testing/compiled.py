@@ -63,11 +63,12 @@ def compile_it(subject: Subject, site: Site, values: Values) -> Compiled:
     return Compiled(look.site, look.targets, outcome)
 
 
-def _targets(node: torch.fx.Node) -> list[str]:
-    """The operators that a node runs."""
+def operators(node: torch.fx.Node) -> list[str]:
+    """The operators that a node is or, in a group of several ranks, runs."""
     if (plan := plan_of(node)) is None:
         return [str(node.target)]
-    return [operator_name(strategy_of(name).impl) or name for _, name in plan.paths if name is not None]
+    kernels = [name for _, name in plan.paths if name is not None]
+    return [f"{found}.default" if (found := operator_name(strategy_of(name).impl)) else name for name in kernels]
 
 
 class _Look(CustomGraphPass):
@@ -81,7 +82,7 @@ class _Look(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         report = self.own.run(graph)
         self.site = next(iter(report.sites), self.site)
-        self.targets += [each for node in graph.nodes if PROVENANCE in node.meta for each in _targets(node)]
+        self.targets += [each for node in graph.nodes if PROVENANCE in node.meta for each in operators(node)]
 
     def uuid(self) -> None:
         """None: nothing is cached."""

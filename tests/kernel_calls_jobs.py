@@ -170,10 +170,14 @@ def exact(tokens: int = 4) -> tuple[Tensor, Tensor]:
     return rms(h), h
 
 
+SHORT, PATIENT = 2.0, 60.0
+"""Seconds that ranks wait: for one that never comes, and for one that may be slow to compile."""
+
+
 class Session:
     """One group, and what became of each call in it."""
 
-    def __init__(self, limit: float = 2.0) -> None:
+    def __init__(self, limit: float = PATIENT) -> None:
         self.group = dist.new_group()
         self.found = Found()
         self.limit = limit
@@ -240,7 +244,8 @@ BREAKS = {
 
 def differing(how: str) -> Found:
     """Rank 1 differs."""
-    session, odd = Session(), dist.get_rank() == 1
+    both_ask = ("a graph break", "dynamic sizes", "a break in front", "a break behind")
+    session, odd = Session(PATIENT if how in both_ask else SHORT), dist.get_rank() == 1
     own = {
         "a requirement": lambda: registry(gathered, OnThisRank(odd)),
         "a trace that fails": lambda: registry(fails_to_trace),
@@ -283,6 +288,7 @@ def one_takes_another_graph() -> Found:
     session(first)
     if odd:
         other = session.compiled(registry(), breaks=BETWEEN)
+        session.limit = SHORT
         try:
             session(other)
         except RanksDiffer as error:
@@ -298,7 +304,7 @@ def one_takes_another_graph() -> Found:
 
 def interrupted(times: int) -> Found:
     """Rank 1 is interrupted while it waits, and tries again."""
-    session, odd = Session(20.0), dist.get_rank() == 1
+    session, odd = Session(), dist.get_rank() == 1
     call = session.compiled(registry())
     if odd:
         looks = iter(range(1000))
@@ -326,7 +332,7 @@ def interrupted(times: int) -> Found:
 
 def by_hand(differ: bool) -> Found:
     """The eager function of the pattern, where rank 1 may take another strategy."""
-    session, odd = Session(), dist.get_rank() == 1
+    session, odd = Session(SHORT if differ else PATIENT), dist.get_rank() == 1
     x, residual, weight = given(dist.get_rank())
     name = session.group.group_name
     own = registry(gathered, OnThisRank(differ and odd))

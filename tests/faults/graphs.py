@@ -62,6 +62,6 @@ ROWS = (
     _row("Ctrl-C three times", "rank 1 is interrupted three times", "right", "interrupted", 3, slow=True),
     _row("eager function", "the eager function of the pattern", "right", "by_hand", False),
     _row("eager function, another strategy", "rank 1 chooses another strategy for the eager function", FIRST, "by_hand", True, slow=True),
-    _row("side by side", "two all_reduces that are added, plain Inductor's order", "unfused: said by nobody", "side_by_side", False, slow=True),
-    _row("side by side, a break", "the graph breaks between them on rank 1", "unfused: said by nobody", "side_by_side", True, slow=True),
+    _row("side by side", "two all_reduces that are added, plain Inductor's order", "right", "side_by_side", False, slow=True),
+    _row("side by side, a break", "the graph breaks between them on rank 1", "right", "side_by_side", True, slow=True),
 )  # fmt: skip

@@ -35,6 +35,7 @@ from fusion_core.exchange import Exchange
 from fusion_core.facts import Ground, compare, digest, facts
 from fusion_core.group_store import CODE, NoAgreement, group_store
 from fusion_core.groups import global_ranks, is_shared, resolved
+from fusion_core.kernel_calls import calls_of
 from fusion_core.reason import Reason
 from fusion_core.registry import Registry
 from fusion_core.site import Device
@@ -170,6 +171,7 @@ def agree(names: Iterable[str], registry: Registry) -> Common:
     Raises:
         NoAgreement: where the store of a group fails once the other ranks know this one's facts, or this process is a
             fork of the one that made the group.
+        RanksDiffer: where ranks that wait for one another may be inside kernels that were agreed on before.
     """
     will_ask(registry)
     groups = {name: group for name in names if (group := resolved(name)) is not None and is_shared(group)}
@@ -192,6 +194,8 @@ def _settle(groups: Mapping[str, dist.ProcessGroup], registry: Registry) -> dict
     for name, group, hash_, exchange in waiting:
         outcome = exchange if isinstance(exchange, Reason) else exchange.settle(hash_, end, TIMEOUT, _stuck)
         if isinstance(outcome, Reason):
+            if (running := calls_of(name)) is not None and (error := running.may_be_inside(outcome)) is not None:
+                raise error
             ground = Ground((Reason(CODE, f"nothing is fused: {outcome.found}", outcome.needs),))
         else:
             ground = Ground() if outcome is None else compare(outcome, global_ranks(group))

@@ -106,6 +106,11 @@ class GroupCalls:
                 fell_back(strategy, self.name, self.unfused)
         return self.unfused
 
+    def may_be_inside(self, silent: Reason) -> RanksDiffer | None:
+        """The error of a rank that waited for one in vain; None where no kernel has run that it may be inside."""
+        words = f"{silent}: that rank may be inside a kernel that was agreed on before, with which nothing pairs"
+        return RanksDiffer(words) if self.agreed else None
+
     def _settle(self, calls: Calls) -> None:
         group = self.group()
         assert group is not None
@@ -113,18 +118,19 @@ class GroupCalls:
         said = self._exchange(group, calls, ranks)
         if isinstance(said, Reason):
             silent = Reason(CODE, f"{calls.words}: {said.found}", SAME, hint=said.hint)
-            if self.agreed:
-                self.error = RanksDiffer(
-                    f"{silent}: that rank may be inside a kernel that was agreed on before, with which nothing pairs"
-                )
-            else:
-                self.unfused = silent
+            self.error = self.may_be_inside(silent)
+            self.unfused = silent
+        elif said[group.rank()].digest != calls.digest:  # it was interrupted, and the others have what it said before
+            before = said[group.rank()].words
+            self.error = RanksDiffer(
+                f"this rank runs {calls.words}, and said before that it runs {before}; needs {SAME}"
+            )
         elif other := next((rank for rank, each in enumerate(said) if each.digest != said[0].digest), None):
             found = f"rank {ranks[0]} runs {said[0].words}, rank {ranks[other]} runs {said[other].words}"
             self.unfused = Reason(CODE, found, SAME)
         else:
             self.agreed.add(calls.digest)
-        if self.unfused is not None:
+        if self.unfused is not None and self.error is None:
             words = f"fusion_core: process group {self.name!r} runs unfused from now on: {self.unfused}"
             warnings.warn(words, RuntimeWarning, stacklevel=2)
 
@@ -133,11 +139,11 @@ class GroupCalls:
         try:
             agreement = Agreement(group, f"the first kernel of a graph (step {self.steps})", TIMEOUT, ranks)
             agreement.publish([calls.digest, calls.words])
-            outcome = agreement.collect()
         except NoAgreement as error:
-            outcome = error.reason
-        except (RuntimeError, OSError, ValueError) as error:
-            outcome = Reason(CODE, f"the store of the group fails ({error})", "a store that all ranks reach")
+            if error.reason.code != CODE:
+                raise
+            return error.reason  # the others wait in vain, and go on unfused as well
+        outcome = agreement.collect()  # a store that fails now raises: the others may know what this rank does not
         # only now: a rank that was interrupted comes again with the same number
         self.steps += 1
         return outcome if isinstance(outcome, Reason) else [Calls(*each) for each in outcome]

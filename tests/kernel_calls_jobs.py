@@ -383,3 +383,17 @@ def side_by_side(break_on_one: bool) -> Found:
     found.sites = [(site.pattern, site.strategy) for report in reports for site in report.sites]
     dist.barrier()
     return found
+
+
+def one_is_configured_anew() -> Found:
+    """After a graph that ranks agreed on, one rank alone takes another configuration."""
+    session, odd = Session(), dist.get_rank() == 1
+    first = session.compiled(registry())
+    session(first)
+    if odd:
+        session.limit = SHORT
+        try:
+            session.compiled(registry(limit=1))
+        except RanksDiffer as error:
+            session.found.raised = str(error)
+    return session.done()

@@ -254,13 +254,14 @@ def test_a_rank_that_hits_inductors_cache_chooses_as_those_that_miss(tmp_path: P
         assert max(error for *_, error in found) < ERROR
         return found
 
+    first = ["reference.all_reduce"]  # of the two that could be merged
     for origin, strategies, *_ in run(warm, False):
-        assert (origin, strategies) == ("compiled", ACME)
+        assert (origin, strategies) == ("compiled", first + ACME)
     (hit, ours, *_), (miss, theirs, *_) = run([warm[0], cold[1]], False)
     assert (hit, miss) == ("cache", "compiled")
-    assert ours == theirs == ACME
+    assert ours == theirs == first + ACME
     for origin, strategies, text, _ in run([warm[0], colder[1]], True):
-        assert (origin, strategies) == ("compiled", CORE)
+        assert (origin, strategies) == ("compiled", first + CORE)
         assert "acme is not used: rank 1 does not have it" in text
 
 

@@ -96,3 +96,10 @@ def test_all_reduces_side_by_side_pair_whatever_graph_they_are_in(two: WorkerPoo
     here, there = two.run(jobs.side_by_side, break_on_one)
     assert max(here.errors + there.errors) < EXACT
     assert [pattern for pattern, _ in here.sites] == ["all_reduce", "all_reduce_add_rms_norm", "all_reduce"]
+
+
+def test_a_configuration_that_one_rank_takes_later_raises_there(two: WorkerPool) -> None:
+    here, there = two.run(jobs.one_is_configured_anew)
+    assert (here.raised, here.ran) == ("", [2])
+    assert "rank 0" in there.raised
+    assert "may be inside a kernel that was agreed on before" in there.raised

@@ -58,6 +58,7 @@ ROWS = (
     _row("another graph later", "both agree on one graph, then rank 1's next graph breaks", "unfused later: said by rank 0, rank 1", "both_take_other_graphs", True),
     _row("a second graph", "both agree on one graph, then on a second one", "right", "both_take_other_graphs", False),
     _row("another graph on one rank", "rank 1 leaves a graph that was agreed on", "error: RanksDiffer on rank 1", "one_takes_another_graph"),
+    _row("another configuration later", "rank 1 alone is configured anew", "error: RanksDiffer on rank 1", "one_is_configured_anew"),
     _row("Ctrl-C while it waits", "rank 1 is interrupted at the agreement and tries again", "right", "interrupted", 1),
     _row("Ctrl-C three times", "rank 1 is interrupted three times", "right", "interrupted", 3, slow=True),
     _row("eager function", "the eager function of the pattern", "right", "by_hand", False),

@@ -37,6 +37,7 @@ from fusion_core.requirements import (
 from fusion_core.run_time import Status, fell_back
 from fusion_core.site import Device, Site, TensorMeta
 from fusion_core.strategy import Strategy
+from fusion_core.token_counts import Tokens
 
 if TYPE_CHECKING:
     from fusion_core import ops
@@ -90,6 +91,7 @@ __all__ = [
     "Status",
     "Strategy",
     "TensorMeta",
+    "Tokens",
     "WorldSize",
     "compile",
     "explain",

@@ -28,6 +28,8 @@ from fusion_core.paths import Path, Place, Rest
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.per_group import capturing
+from fusion_core.preferences import Preferences
+from fusion_core.requirements import Requirement
 from fusion_core.strategy import Strategy
 from fusion_core.tracing import scalars
 
@@ -53,8 +55,12 @@ class Plan:
         live: The outputs that are wanted.
         names: The tensors beside x.
         scalars: The pattern's scalars, the process group among them.
-        paths: The token counts from which on another strategy runs, and its name; None for torch's all_reduce.
+        paths: The token counts from which on another strategy runs, and its name; None for torch's all_reduce. Of
+            several from one count on, the first runs whose requirements the call meets.
         settings: Strategy → what the user set that it takes.
+        asks: For each path the requirements that each call asks, as places in the strategy's ``requires`` and, behind
+            them, ``worthwhile``. Empty where none asks any.
+        form: What the site of a call is made of (`fusion_core.run_time_site`); None where no path asks anything.
     """
 
     pattern: str
@@ -63,6 +69,8 @@ class Plan:
     scalars: Mapping[str, Any]
     paths: tuple[tuple[int, str | None], ...]
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    asks: tuple[tuple[int, ...], ...] = ()
+    form: list[Any] | None = None
 
     @property
     def place(self) -> Place:
@@ -80,6 +88,8 @@ class Plan:
                 {name: _said(value) for name, value in self.scalars.items()},
                 self.paths,
                 self.settings,
+                self.asks,
+                self.form,
             ],
             separators=(",", ":"),
         )
@@ -91,7 +101,7 @@ class Plan:
     @classmethod
     def of(cls, text: str) -> Plan:
         """The plan that `text` gave."""
-        pattern, live, names, scalars, paths, settings = json.loads(text)
+        pattern, live, names, scalars, paths, settings, asks, form = json.loads(text)
         return cls(
             pattern,
             tuple(live),
@@ -99,6 +109,8 @@ class Plan:
             {name: _heard(value) for name, value in scalars.items()},
             tuple((first, strategy) for first, strategy in paths),
             settings,
+            tuple(map(tuple, asks)),
+            form,
         )
 
 
@@ -114,6 +126,16 @@ def _heard(value: Any) -> Any:
     return getattr(torch, value["dtype"]) if isinstance(value, dict) else value
 
 
+def _asked(plan: Plan, place: int) -> tuple[Requirement, ...]:
+    """What each call asks before a path runs."""
+    name = plan.paths[place][1]
+    if name is None or not plan.asks:
+        return ()
+    strategy = strategy_of(name)
+    declared = (*strategy.requires, *strategy.worthwhile)
+    return tuple(declared[each] for each in plan.asks[place])
+
+
 class Runner:
     """A plan in this process, with the strategies behind its names.
 
@@ -127,7 +149,7 @@ class Runner:
         self._calls = calls
         self._kernels = tuple(name for _, name in plan.paths if name is not None)
         self.rest = Rest(self.place)
-        self.firsts = [first for first, _ in plan.paths]
+        self.firsts = sorted({first for first, _ in plan.paths})
         self.paths = [
             Path(
                 self.place,
@@ -138,6 +160,14 @@ class Runner:
             for _, name in plan.paths
         ]
         self._unfused = Path(self.place, None, None, self.rest)
+        asked = [
+            (first, path, _asked(plan, n))
+            for n, ((first, _), path) in enumerate(zip(plan.paths, self.paths, strict=True))
+        ]
+        self._preferences = [
+            Preferences([(path, asks) for start, path, asks in asked if start == first], plan.form, self.place.group)
+            for first in self.firsts
+        ]
         self._prepared = not any(path.needs_rest for path in self.paths)
         self._strides: dict[Any, tuple[tuple[int, ...], ...]] = {}
 
@@ -150,7 +180,7 @@ class Runner:
             self.rest.prepare(x, others)
             self._prepared = True
         tokens = x.numel() // x.shape[-1]
-        path = self.paths[max(bisect_right(self.firsts, tokens) - 1, 0)]
+        path = self._preferences[max(bisect_right(self.firsts, tokens) - 1, 0)](tuple(x.shape))
         if path.strategy is not None and self._hindered():
             path = self._unfused
         return self._settled(x, others, path(x, others))
@@ -264,6 +294,8 @@ def guarded(
     used: Mapping[str, Strategy],
     config: FusionConfig,
     patterns: Mapping[str, Pattern] = MappingProxyType({}),
+    asks: tuple[tuple[int, ...], ...] = (),
+    form: list[Any] | None = None,
 ) -> Strategy:
     """The operator that picks when it runs, as a strategy by the name of the first that it picks.
 
@@ -273,6 +305,8 @@ def guarded(
         used: The strategies of ``paths`` by name.
         config: What the user set.
         patterns: Those of strategies that are not for the place's own pattern.
+        asks: What each call asks before a path runs, as in `Plan`.
+        form: What the site of a call is made of, as in `Plan`.
     """
     pattern = match.pattern
     live = tuple(match.outputs)
@@ -284,7 +318,7 @@ def guarded(
         if (settings := strategy.settings(patterns.get(strategy.pattern, pattern), config))
     }
     constants = {name: value for name, value in scalars(match).items() if name not in pattern.tensors}
-    plan = Plan(pattern.name, live, names, constants, paths, settings)
+    plan = Plan(pattern.name, live, names, constants, paths, settings, asks, form)
     first = next(iter(running.values()))
     return replace(first, pattern=pattern.name, impl=emitted(plan, running, pattern), outputs=live)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
+from fusion_core.asking import looks_at_tokens
 from fusion_core.config import DETERMINISTIC
 from fusion_core.figures import Figure, figure
 from fusion_core.groups import world_size
@@ -46,11 +47,13 @@ class Choice:
         first: The token count; that of the site where it is known when the graph is compiled.
         strategy: The strategy's name; None for torch's all_reduce with what follows it.
         figure: Its measured time there and the unfused one's; None where no table has them.
+        asks: What each call asks before it runs. Where that is not met, the next choice from the same count on runs.
     """
 
     first: int
     strategy: str | None
     figure: Figure | None = None
+    asks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -157,16 +160,39 @@ def able(
     if isinstance(site, Reason):
         return Stage.STRUCTURE, (site,)
     reasons = strategy.cannot(site, pattern)
-    if registry.config.numerics == DETERMINISTIC and not strategy.batch_invariant:
-        found = f"{strategy.name} may give a row other bits in another batch"
-        reasons += (Reason("numerics", found, "a batch-invariant strategy", hint="numerics='default' allows it"),)
+    if registry.config.numerics == DETERMINISTIC:
+        reasons += _not_for_every_batch(strategy, site)
     return (Stage.REQUIRES, reasons) if reasons else (Stage.CHOSEN, ())
 
 
-def unprofitable(strategy: Strategy, site: Site, registry: Registry, found: Figure | None) -> tuple[Reason, ...]:
+def _not_for_every_batch(strategy: Strategy, site: Site) -> tuple[Reason, ...]:
+    """Why a strategy gives a row other bits in another batch, or does not run there at all."""
+    hint = "numerics='default' allows it"
+    if not strategy.batch_invariant:
+        found = f"{strategy.name} may give a row other bits in another batch"
+        return (Reason("numerics", found, "a batch-invariant strategy", hint=hint),)
+    limits = [str(each) for each in strategy.requires if looks_at_tokens(each, site)]
+    found = f"{strategy.name} runs at some numbers of tokens only ({'; '.join(limits)})"
+    return (Reason("numerics", found, "one that runs in every batch", hint=hint),) if limits else ()
+
+
+def unprofitable(
+    strategy: Strategy,
+    site: Site,
+    registry: Registry,
+    found: Figure | None,
+    declared: Callable[[], tuple[Reason, ...]] | None = None,
+) -> tuple[Reason, ...]:
     """Why a strategy that can run at a site of known size should not. What was measured goes before what is declared.
 
     Never for deterministic numerics: nothing about the batch may decide there.
+
+    Args:
+        strategy: The strategy.
+        site: The site.
+        registry: What is installed and configured.
+        found: What was measured of it there.
+        declared: What it declares there; None to ask it.
     """
     config = registry.config
     if config.numerics == DETERMINISTIC:
@@ -176,7 +202,7 @@ def unprofitable(strategy: Strategy, site: Site, registry: Registry, found: Figu
     if takes and config.max_tokens is not None and tokens is not None and tokens > config.max_tokens:
         return (Reason("max_tokens", f"{tokens} tokens are more than max_tokens", f"at most {config.max_tokens}"),)
     if found is None:
-        return strategy.should_not(site)
+        return strategy.should_not(site) if declared is None else declared()
     slower = found.slower()
     return () if slower is None else (slower,)
 

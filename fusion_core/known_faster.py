@@ -52,6 +52,14 @@ class KnownFaster:
         found = f"{self.arg} has {size / 2**20:.3g} MiB on {here}"
         return Reason("measured", found, words + (f", {self.source}" if self.source else ""), hint=TUNE)
 
+    def changes_at(self, site: Site) -> tuple[int, ...] | None:
+        """Token counts at which the answer may change."""
+        each = site.bytes_of_a_token(self.arg)
+        if not each:
+            return None
+        ends = {end for arch, ranks, *ends in self.sizes if (arch, ranks) == _machine(site) for end in ends}
+        return tuple(sorted(end // each + 1 for end in ends))
+
     def __str__(self) -> str:
         return f"an input size of {self.arg} at which it is known to be faster"
 

@@ -96,6 +96,7 @@ def _site(site: SiteReport, shared: _Shared) -> dict[str, Any]:
                 "first": choice.first,
                 "strategy": choice.strategy,
                 "figure": None if choice.figure is None else dataclasses.asdict(choice.figure),
+                "asks": list(choice.asks),
             }
             for choice in site.choices
         ],
@@ -148,7 +149,12 @@ def _read_site(site: Mapping[str, Any], decisions: tuple[Decision, ...]) -> Site
         site["attributes"],
         decisions,
         tuple(
-            Choice(c["first"], c["strategy"], None if c["figure"] is None else Figure(**c["figure"]))
+            Choice(
+                c["first"],
+                c["strategy"],
+                None if c["figure"] is None else Figure(**c["figure"]),
+                tuple(c.get("asks", ())),
+            )
             for c in site["choices"]
         ),
         tuple(NearMiss(miss["pattern"], Reason(**miss["reason"])) for miss in site["near_misses"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -121,12 +122,17 @@ def by_size(site: SiteReport) -> Iterator[tuple[str, str]]:
     if len(site.choices) == 1 and (figure := site.choices[0].figure) is not None:
         yield str(site.strategy), str(figure)
     elif len(site.choices) > 1:
-        said = [f"from {c.first}: {c.strategy or 'unfused'}{_measured(c)}" for c in site.choices]
-        yield site.pattern, "; ".join(["by the tokens of each call", *said])
+        ranges = [
+            f"from {first}: {', else '.join(map(_said, of_it))}"
+            for first, of_it in itertools.groupby(site.choices, lambda choice: choice.first)
+        ]
+        yield site.pattern, "; ".join(["by the tokens of each call", *ranges])
 
 
-def _measured(choice: Choice) -> str:
-    return "" if choice.figure is None else f" ({choice.figure})"
+def _said(choice: Choice) -> str:
+    measured = "" if choice.figure is None else f" ({choice.figure})"
+    asked = f" in a call with {' and '.join(choice.asks)}" if choice.asks else ""
+    return f"{choice.strategy or 'unfused'}{asked}{measured}"
 
 
 def tables(report: Report) -> Iterator[str]:

@@ -10,6 +10,7 @@ import torch
 
 from fusion_core.reason import Reason
 from fusion_core.site import Dim, Site, dtype_name
+from fusion_core.watched import WatchedSizes
 
 
 @runtime_checkable
@@ -42,20 +43,33 @@ def _or(values: tuple[Any, ...]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _holds(condition: Callable[[], Any]) -> bool | None:
-    """Whether a condition on sizes holds; None where it hangs on a size known only at run time.
+def _holds(condition: Callable[[], Any], sizes: tuple[Dim, ...]) -> bool | None:
+    """Whether a condition on sizes holds; None where it depends on one known only at run time. Never adds a guard.
 
-    A condition on a backed symbol is evaluated by its hint and adds a guard: torch recompiles where it is violated.
+    Where a site is asked ahead of a call (`fusion_core.asking`), it raises instead of None: the call asks again.
     """
-    try:
+    if isinstance(sizes, WatchedSizes):
         return bool(condition())
-    except RuntimeError as error:
-        # imported here: it brings sympy, and most sizes are plain integers
-        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+    found = condition()
+    return bool(found) if isinstance(found, bool) else _proven(found)
 
-        if isinstance(error, GuardOnDataDependentSymNode):
-            return None
-        raise
+
+def _proven(found: torch.SymBool) -> bool | None:
+    """Whether a condition on symbols holds for all their values, or for none."""
+    # imported here: it brings sympy, and most sizes are plain integers
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    if statically_known_true(found):
+        return True
+    return False if statically_known_true(torch.sym_not(found)) else None
+
+
+def _equal(one: Dim, other: Dim) -> bool | None:
+    return _holds(lambda: one == other, ())
+
+
+def _either(one: bool | None, other: bool | None) -> bool | None:
+    return True if one or other else (None if None in (one, other) else False)
 
 
 def _size_reason(code: str, arg: str, found: str, needs: str, known: bool | None) -> Reason | None:
@@ -63,7 +77,7 @@ def _size_reason(code: str, arg: str, found: str, needs: str, known: bool | None
         return None
     if known is None:
         return Reason(
-            code, f"{found}, which is known only at run time", needs, arg, "call torch._check on it, or mark it static"
+            code, f"{found}, which is known only at run time", needs, arg, "torch._dynamo.mark_static marks it static"
         )
     return Reason(code, found, needs, arg)
 
@@ -191,7 +205,7 @@ class MultipleOf:
             return Reason("multiple_of", found, f"a dimension {self.dim}", self.arg)
         size: Dim = tensor.shape[self.dim]
         found = f"{self.arg}.shape[{self.dim}] is {size}"
-        known = _holds(lambda: size % self.of == 0)
+        known = _holds(lambda: size % self.of == 0, tensor.shape)
         return _size_reason("multiple_of", self.arg, found, f"a multiple of {self.of}", known)
 
     def __str__(self) -> str:
@@ -216,7 +230,7 @@ class SizeBetween:
             found = f"{self.arg} has {len(tensor.shape)} dimensions"
             return Reason("size", found, f"a dimension {self.dim}", self.arg)
         size: Dim = tensor.shape[self.dim]
-        known = _holds(lambda: self.low <= size and size <= self.high)
+        known = _holds(lambda: self.low <= size, tensor.shape) and _holds(lambda: size <= self.high, tensor.shape)
         found = f"{self.arg}.shape[{self.dim}] is {size}"
         return _size_reason("size", self.arg, found, f"{self.low} to {self.high}", known)
 
@@ -274,10 +288,12 @@ class Contiguous:
         if tensor is None or tensor.stride is None:
             return None
         expected: Dim = 1
-        for size, stride in reversed(list(zip(tensor.shape, tensor.stride, strict=True))):
-            known = _holds(lambda size=size, stride=stride, expected=expected: size == 1 or stride == expected)  # type: ignore[misc]
+        # not watched: what is contiguous for any number of rows is so at each call
+        shape, strides = (tuple(tuple.__iter__(sizes)) for sizes in (tensor.shape, tensor.stride))
+        for size, stride in reversed(list(zip(shape, strides, strict=True))):
+            known = _either(_equal(stride, expected), _equal(size, 1))
             if not known:
-                found = f"{self.arg} has strides {tuple(map(str, tensor.stride))}".replace("'", "")
+                found = f"{self.arg} has strides {tuple(map(str, strides))}".replace("'", "")
                 return _size_reason("contiguous", self.arg, found, "a contiguous tensor", known)
             expected = expected * size
         return None

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fusion_core.watched import WatchedSizes
+
 Dim = int | torch.SymInt
 
 
@@ -21,7 +23,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 class TensorMeta:
     """What is known of a tensor without its data.
 
-    ``shape`` and ``stride`` hold plain integers, or ``torch.SymInt`` where a size is known only at run time.
+    ``shape`` and ``stride`` hold plain integers, or ``torch.SymInt`` where a size is known only at run time. A
+    requirement that looks at one of those is asked again at each call, see docs/requirements.md.
     """
 
     shape: tuple[Dim, ...]
@@ -107,9 +110,13 @@ class Site:
     @property
     def tokens(self) -> int | None:
         """Rows of x: the product of its sizes but the last; None where one of them is known only at run time."""
-        x = self.inputs["x"]
-        sizes = x.shape[:-1]
-        return math.prod(map(int, sizes)) if all(isinstance(size, int) for size in sizes) else None
+        shape = self.inputs["x"].shape
+        sizes = tuple(tuple.__iter__(shape))[:-1]
+        if all(isinstance(size, int) for size in sizes):
+            return math.prod(map(int, sizes))
+        if isinstance(shape, WatchedSizes):
+            shape.watch.tokens = True
+        return None
 
     def at(self, tokens: int) -> Site:
         """The site with so many rows: x, and all that has its leading sizes, as contiguous ``[tokens, n]``."""
@@ -123,6 +130,13 @@ class Site:
 
         inputs = {name: sized(meta) for name, meta in self.inputs.items()}
         return replace(self, inputs=inputs, outputs={name: sized(meta) for name, meta in self.outputs.items()})
+
+    def bytes_of_a_token(self, name: str) -> int | None:
+        """Bytes of a tensor for each token, 0 where its size does not depend on them; None where that is not known."""
+        one, two = (self.at(tokens).tensor(name) for tokens in (1, 2))
+        if one is None or two is None or not all(isinstance(size, int) for size in one.shape):
+            return None
+        return (math.prod(map(int, two.shape)) - math.prod(map(int, one.shape))) * one.dtype.itemsize
 
     def tensor(self, name: str) -> TensorMeta | None:
         """The input or live output called ``name``, or None where the place has none."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fusion_core.asking import unmet
 from fusion_core.config import SETTINGS, FusionConfig
 from fusion_core.errors import BackendError
 from fusion_core.patterns.definition import GROUP, Pattern
@@ -119,14 +120,12 @@ class Strategy:
         return tuple(requirements)
 
     def cannot(self, site: Site, pattern: Pattern) -> tuple[Reason, ...]:
-        """Every reason why it cannot run ``site`` correctly."""
-        reasons = (requirement.unmet(site) for requirement in (*self.implied(pattern), *self.requires))
-        return tuple(reason for reason in reasons if reason is not None)
+        """Every reason why it cannot run ``site`` correctly, as far as it is known before a call."""
+        return unmet((*self.implied(pattern), *self.requires), site)
 
     def should_not(self, site: Site) -> tuple[Reason, ...]:
-        """Every reason why it is not known to be faster at ``site``."""
-        reasons = (requirement.unmet(site) for requirement in self.worthwhile)
-        return tuple(reason for reason in reasons if reason is not None)
+        """Every reason why it is not known to be faster at ``site``, as far as it is known before a call."""
+        return unmet(self.worthwhile, site)
 
     def switched_off(self, config: FusionConfig) -> tuple[Reason, ...]:
         """That its option is not among those of ``config``; empty where it is, or it needs none."""

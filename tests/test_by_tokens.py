@@ -42,6 +42,9 @@ class Rows:
             return None
         return Reason("rows", f"{tokens} rows", f"{self.above + 1} to {self.most}")
 
+    def changes_at(self, site: Site) -> tuple[int, ...]:
+        return self.above + 1, self.most + 1
+
 
 def kernel(name: str) -> Callable[..., Any]:
     def run(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, group: str) -> tuple[Tensor, Tensor]:

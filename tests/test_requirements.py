@@ -26,6 +26,7 @@ from fusion_core import (
     Site,
     SizeBetween,
     TensorMeta,
+    Tokens,
     WorldSize,
 )
 
@@ -172,6 +173,17 @@ CASES: list[tuple[Requirement, list[Site], list[tuple[Site, str]], str]] = [
         "norm_dtype that of x or float32",
     ),
     (
+        Tokens(most=9, least=4, multiple_of=2),
+        [SITE, with_x((2, 3, 64)), with_x((8, 64))],
+        [
+            (with_x((2, 64)), "x has 2 tokens, needs 4 to 9 tokens, in multiples of 2"),
+            (with_x((10, 64)), "x has 10 tokens, needs 4 to 9 tokens, in multiples of 2"),
+            (with_x((1, 5, 64)), "x has 5 tokens, needs 4 to 9 tokens, in multiples of 2"),
+            (with_x((64,)), "x has 1 token, needs 4 to 9 tokens, in multiples of 2"),
+        ],
+        "4 to 9 tokens, in multiples of 2",
+    ),
+    (
         FixedTokens("x"),
         [SITE, with_x(())],
         [
@@ -283,19 +295,21 @@ def _names() -> dict[str, Any]:
     return {kind.__name__: rebuilt(kind) for kind in kinds} | {"torch": torch}
 
 
-def test_a_size_known_only_at_run_time_adds_a_guard_where_it_has_a_hint_and_refuses_where_it_has_none() -> None:
+def test_a_size_known_only_at_run_time_is_refused_and_adds_no_guard() -> None:
     shapes = ShapeEnv()
     with_hint = shapes.create_unspecified_symint_and_symbol(
         64, _source("s"), torch.fx.experimental.symbolic_shapes.DimDynamic.DYNAMIC
     )
     without = shapes.create_unbacked_symint()
-    requirement = MultipleOf("x", dim=0, of=8)
-    assert requirement.unmet(with_x((with_hint, 64))) is None
-    assert len(shapes.guards) == 1
-    reason = requirement.unmet(with_x((without, 64)))
-    assert reason is not None
-    assert "known only at run time, needs a multiple of 8" in str(reason)
-    assert Contiguous("x").unmet(with_x((2, without, 64), (1, 1, 1))) is not None
+    for size in (with_hint, without):
+        for requirement in (MultipleOf("x", dim=0, of=8), SizeBetween("x", dim=0, low=1, high=64)):
+            reason = requirement.unmet(with_x((size, 64)))
+            assert reason is not None
+            assert "known only at run time, needs" in str(reason)
+        assert MultipleOf("x", dim=0, of=8).unmet(with_x((size * 16, 64))) is None  # whatever the size
+        assert Contiguous("x").unmet(with_x((2, size, 64), (1, 1, 1))) is not None
+        assert Contiguous("x").unmet(with_x((2, size, 64), (size * 64, 64, 1))) is None
+    assert not shapes.guards
 
 
 def _source(name: str) -> Any:

@@ -31,6 +31,7 @@ from fusion_core.requirements import (
 from fusion_core.site import Device, Dim, Site
 from fusion_core.testing.layouts import laid_out
 from fusion_core.testing.variants import on_arch, tensor_of, unknown_rows, with_tensor, without
+from fusion_core.token_counts import Tokens
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -243,6 +244,23 @@ def _(requirement: FixedTokens, site: Site) -> Sides:
     tensor = tensor_of(site, arg)
     known = with_tensor(site, arg, laid_out(replace(tensor, shape=(4, *tensor.shape[-1:]))))
     return _or_absent(Sides((known,), (unknown_rows(site, arg),)), site, arg)
+
+
+@sides.register
+def _(requirement: Tokens, site: Site) -> Sides:
+    of = requirement.multiple_of or 1
+    least, most = max(requirement.least or 1, 1), requirement.most
+    first = -(-least // of) * of
+    ends = (first, first + of) if most is None else (first, most // of * of)
+    near = {other for end in ends for other in (end - 1, end, end + 1, end - of, end + of) if other > 0}
+    near |= {other for bound in (least, most) if bound is not None for other in (bound - 1, bound + 1) if other > 0}
+    inside = {n for n in near if n % of == 0 and n >= least and (most is None or n <= most)}
+    return Sides(*(tuple(_with_tokens(site, n) for n in sorted(side)) for side in (inside, near - inside)))
+
+
+def _with_tokens(site: Site, tokens: int) -> Site:
+    x = site.inputs["x"]
+    return with_tensor(site, "x", laid_out(replace(x, shape=(tokens, *x.shape[-1:]))))
 
 
 @sides.register

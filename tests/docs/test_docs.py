@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import fusion_core
-from fusion_core import Requirement, hookspecs, known_faster, requirements
+from fusion_core import Requirement, hookspecs, known_faster, requirements, token_counts
 from fusion_core.testing import CHECKS
 from tests.test_requirements import CASES
 
@@ -31,7 +31,7 @@ PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", EXAMPLE / "README.md"])
 HOOKS = [function for name, function in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("fusion_")]
 REQUIREMENTS = [
     kind
-    for module in (requirements, known_faster)
+    for module in (requirements, known_faster, token_counts)
     for name, kind in inspect.getmembers(module, inspect.isclass)
     if kind.__module__ == module.__name__ and hasattr(kind, "unmet") and kind is not Requirement
 ]

@@ -26,10 +26,12 @@ from fusion_core import (
     SameDType,
     SizeBetween,
     Strategy,
+    Tokens,
     WorldSize,
     hookimpl,
     known_faster,
     requirements,
+    token_counts,
 )
 from fusion_core.patterns.plain import all_reduce_add_rms_norm
 from fusion_core.testing import CHECKS, CheckFailed, subjects
@@ -63,6 +65,9 @@ REQUIREMENTS = [
     DTypeAttribute("norm_dtype", "x"),
     DTypeAttribute("norm_dtype", "x", (torch.float32,)),
     DTypeAttribute("norm_dtype", "weight"),
+    Tokens(most=64),
+    Tokens(least=3),
+    Tokens(most=96, least=5, multiple_of=4),
     FixedTokens("x"),
     FixedTokens("weight"),
     KnownFaster("x", (("sm_90", 4, 0, 8 << 20), ("sm_90", 8, 1 << 20, 2 << 20), ("gfx942", 4, 0, 1 << 20)), "as said"),
@@ -206,7 +211,7 @@ def test_a_requirement_with_one_operator_or_number_changed_is_caught(kind, chang
 def test_every_requirement_of_core_is_among_them():
     of_core = [
         value
-        for module in (requirements, known_faster)
+        for module in (requirements, known_faster, token_counts)
         for value in vars(module).values()
         if inspect.isclass(value) and value.__module__ == module.__name__ and value is not requirements.Requirement
     ]

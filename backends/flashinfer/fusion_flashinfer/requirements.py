@@ -118,10 +118,7 @@ class OneCluster:
 
 @dataclass(frozen=True)
 class OneLaunch:
-    """The input fits one launch: for kernels whose scales cannot be written in parts.
-
-    A size that is known only at run time is met: the operator looks then.
-    """
+    """The input fits one launch: for kernels whose scales cannot be written in parts."""
 
     arg: str
 
@@ -134,6 +131,11 @@ class OneLaunch:
         if size <= MOST:
             return None
         return Reason("size", f"{self.arg} has {size / 2**20:.4g} MiB", f"at most {MOST >> 20} MiB", self.arg)
+
+    def changes_at(self, site: Site) -> tuple[int, ...] | None:
+        """The token count from which on the input is too large."""
+        each = site.bytes_of_a_token(self.arg)
+        return (MOST // each + 1,) if each else None
 
     def __str__(self) -> str:
         return f"{self.arg} of at most {MOST >> 20} MiB"
@@ -166,10 +168,7 @@ class VectorForEachRank:
 
 @dataclass(frozen=True)
 class MoreRowsThanRanks:
-    """More rows than ranks: FlashInfer's two-shot kernels assert it (``trtllm_ar.py``).
-
-    A number that is known only at run time is met: with fewer the operator runs the one-shot kernel.
-    """
+    """More rows than ranks: FlashInfer's two-shot kernels assert it (``trtllm_ar.py``)."""
 
     arg: str
 
@@ -182,6 +181,10 @@ class MoreRowsThanRanks:
         if rows > site.world_size or rows == 0:
             return None
         return Reason("size", f"{self.arg} has {rows} rows", f"more than the {site.world_size} ranks", self.arg)
+
+    def changes_at(self, site: Site) -> tuple[int, ...] | None:
+        """The token count from which on there are enough rows."""
+        return (site.world_size + 1,) if site.bytes_of_a_token(self.arg) else None
 
     def __str__(self) -> str:
         return f"more rows of {self.arg} than ranks"

@@ -67,7 +67,7 @@ class SymmetricMemory:
 
 @dataclass(frozen=True)
 class MostBytes:
-    """A tensor has at most so many bytes; one whose size is known only at run time is met: the operator looks then."""
+    """A tensor has at most so many bytes; of one whose size is known only at run time, at each token count."""
 
     arg: str
     most: int
@@ -81,6 +81,11 @@ class MostBytes:
         if size <= self.most:
             return None
         return Reason("size", f"{self.arg} has {size / 2**20:.4g} MiB", f"at most {self.most / 2**20:g} MiB", self.arg)
+
+    def changes_at(self, site: Site) -> tuple[int, ...] | None:
+        """The token count from which on the tensor is too large."""
+        each = site.bytes_of_a_token(self.arg)
+        return (self.most // each + 1,) if each else None
 
     def __str__(self) -> str:
         return f"{self.arg} of at most {self.most / 2**20:g} MiB"

@@ -1,0 +1,54 @@
+"""What runs in a call of a place whose requirements have to be asked again then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fusion_core.paths import Path
+from fusion_core.reason import Reason
+from fusion_core.requirements import Requirement
+from fusion_core.run_time import fell_back
+from fusion_core.run_time_site import of_data
+from fusion_core.site import Site
+
+
+class Preferences:
+    """What may run from one token count on, in order of preference: the first of which a call meets what it asks.
+
+    Args:
+        paths: What may run, and the requirements that each call asks before it; the last asks nothing.
+        form: What the site of a call is made of (`fusion_core.run_time_site`); None where no path asks anything.
+        group: The process group's name.
+    """
+
+    def __init__(
+        self, paths: Sequence[tuple[Path, tuple[Requirement, ...]]], form: list[Any] | None, group: str
+    ) -> None:
+        self._paths = paths
+        self._form = form
+        self._group = group
+        self._found: dict[tuple[int, ...], Path] = {}
+
+    def __call__(self, shape: tuple[int, ...]) -> Path:
+        """What runs in a call with an x of this shape: every rank asks the same of the same, and finds the same."""
+        first, asks = self._paths[0]
+        if self._form is None or not asks:
+            return first
+        if shape not in self._found:
+            site = of_data(self._form, shape, self._group)
+            self._found[shape] = next(path for path, asks in self._paths if self._met(path, asks, site))
+        return self._found[shape]
+
+    def _met(self, path: Path, asks: Sequence[Requirement], site: Site) -> bool:
+        """Whether a call meets what a path asks. One that cannot be asked is not met, and the report says so."""
+        for requirement in asks:
+            try:
+                if requirement.unmet(site) is not None:
+                    return False
+            except Exception as error:  # noqa: BLE001  # whatever a plugin raises: the place runs without it
+                assert path.strategy is not None
+                found = f"{requirement}, asked of {site.inputs['x']}, raised {type(error).__name__}: {error}"
+                fell_back(path.strategy.name, self._group, Reason("requirement", found, "an answer"))
+                return False
+        return True

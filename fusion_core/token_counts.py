@@ -62,7 +62,7 @@ class Tokens:
             return None
         if (least is None or least <= tokens) and (most is None or tokens <= most) and (of is None or tokens % of == 0):
             return None
-        return Reason("tokens", f"x has {tokens} token{'s' * (tokens != 1)}", str(self), "x")
+        return Reason("tokens", f"x has {_counted(tokens)}", str(self), "x")
 
     def changes_at(self, site: Site) -> tuple[int, ...] | None:
         """Counts at which the answer changes; None where those are too many to name, and each call has to ask."""
@@ -77,3 +77,7 @@ class Tokens:
         words = [f"{found} tokens" if found else "tokens"]
         words += [] if self.multiple_of is None else [f"in multiples of {self.multiple_of}"]
         return (", " if found else " ").join(words)
+
+
+def _counted(tokens: int) -> str:
+    return f"{tokens} token{'s' * (tokens != 1)}"

@@ -326,8 +326,10 @@ def test_a_hidden_size_known_only_at_run_time_is_refused():
         if kernel_of(strategy).norms:
             assert any("known only at run time, needs a fixed hidden size; mark it static" in each for each in words)
         else:  # AITER's bare all_reduce has no rows
-            assert words == []
-            assert [str(guard.expr).partition("(")[0] for guard in env.guards] == ["Eq"]
+            assert any(
+                "x.shape[-1] a multiple of 8 depends on a size that is known only at run time" in w for w in words
+            )
+        assert not env.guards
 
 
 # what is worthwhile

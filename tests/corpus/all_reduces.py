@@ -86,7 +86,7 @@ CASES = [
     Case("dist.all_reduce with its arguments", in_place_by_name, ADD, NORMED, AFTER),
     Case("dist.all_reduce of a projection", in_place_of_a_projection, ADD, BOTH, AFTER),
     Case("another group", lambda x, r, w: norm(in_second(x), w), PLAIN, NORMED, AFTER),
-    Case("residual from another group", lambda x, r, w: norm(reduce(x) + in_second(r), w), ADD, NORMED, AFTER, others=((), (BARE,))),
+    Case("residual from another group", lambda x, r, w: norm(reduce(x) + in_second(r), w), ADD, NORMED, AFTER, others=((BARE,), ())),
     Case("two groups, the second", two_groups, ADD, BOTH, AFTER, others=((ADD,), ())),
     Case("two layers", two_layers, ADD, BOTH, AFTER, others=((ADD,), ())),
     Case("no norm behind it", lambda x, r, w: reduce(x) * 2, BARE, REDUCED),

@@ -262,7 +262,8 @@ def survey_once(path: Path) -> Outcome:
     """The same in bfloat16 with static shapes and no cache, from one compilation: cheap, for many models."""
     torch._dynamo.reset()
     setting = Setting(dynamic=False, cached=False, mode="no_grad")
-    model, outcome, own = load(path, torch.bfloat16), Outcome(), FusionPass(FusionConfig(order=("reference",)))
+    own = FusionPass(FusionConfig(order=("reference",), merge=True))
+    model, outcome = load(path, torch.bfloat16), Outcome()
     without: list[tuple[fx.GraphModule, fx.Graph]] = []
 
     def look(graph: fx.Graph) -> None:

@@ -47,8 +47,8 @@ PRE_NORM = Row((FIRST, ADD, ADD, ADD, LAST))
 POST_NORM = Row((BARE, NORM, NORM, NORM, NORM), refused={(0,): ("structure", "needs rms_norm of it")})
 BY_MEAN = ("mean", "as LayerNorm takes it")
 SIDE_BY_SIDE = Row(3 * (BARE,), refused={(0, 1, 2): BY_MEAN}, merges=LAYERS)  # attention and MLP
-SCALED_EMBEDDING = {(0,): ("structure", "is followed by mul")}  # by a constant that is a tensor of the model
-SUMMED_AFTERWARDS = ("structure", "needs rms_norm of it")
+SCALED_EMBEDDING = {(0,): ("scaled", "of what is scaled by")}  # by a constant that is a tensor of the model
+SUMMED_AFTERWARDS = ("structure", "is followed by sum")
 
 ROWS = {
     "llama": PRE_NORM,

@@ -93,6 +93,10 @@ MISSES: dict[str, tuple[Model, list[list[str]]]] = {
     "a slice of its own result": (slice_of_the_stream, [[]]),
     "a slice beside a clamp": (slice_of_a_clamped_sum, [[f"{ADD}: add is followed by clamp, needs rms_norm of it"]]),
     "a slice of its own norm": (slice_of_a_norm_in_a_graph_with_codes, [[]]),
+    "a part of the all_reduce normed beside a whole match": (
+        lambda x, r, w: (norm(r + (a := reduce(x)), w), norm(a[:, -1], w), a),
+        [[]],
+    ),
     "a slice that is normed": (
         lambda x, r, w: norm(reduce(x)[:, -1], w),
         [[f"{PLAIN}: select is a part of wait_tensor, needs the whole"]],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
 import hypothesis
+import torch
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 
@@ -13,11 +15,12 @@ from fusion_core.errors import FusionError, PatternError
 from fusion_core.reason import Reason
 from fusion_core.requirements import Requirement
 from fusion_core.site import Device, Site
-from fusion_core.testing import pools
+from fusion_core.testing import jobs, pools
+from fusion_core.testing.check import Example, chosen, command, only
 from fusion_core.testing.drawing import draw_site, draw_tensors
 from fusion_core.testing.jobs import Outcome
 from fusion_core.testing.requirement_sides import NoSides
-from fusion_core.testing.sites import Impossible, describe, example_site
+from fusion_core.testing.sites import SCALES, Impossible, describe, example_site, with_outputs
 from fusion_core.testing.subject import Subject
 from fusion_core.testing.tensors import Values
 from fusion_core.workers import WorkerError
@@ -49,7 +52,8 @@ def fail(subject: Subject, site: Site, found: str, rank: int | None = None, valu
     """Raise `CheckFailed` with everything that an author needs to see it again."""
     where = "" if rank is None else f"\n  on rank {rank}"
     numbers = "" if values is None else f"\n  with {values}"
-    raise CheckFailed(f"{subject}: {found}\n  at {describe(site)}{where}{numbers}")
+    again = f"\n  again: {command(subject, site, values)}"
+    raise CheckFailed(f"{subject}: {found}\n  at {describe(site)}{where}{numbers}{again}")
 
 
 def example(subject: Subject, device: Device, world_size: int = 2) -> Site:
@@ -117,10 +121,11 @@ def run(subject: Subject, site: Site, job: Callable[..., T], *args: Any) -> list
     try:
         return pools.run(site, job, subject, *args)
     except WorkerError as error:
-        values = next((f"\n  with {value}" for value in args if isinstance(value, Values)), "")
+        values = next((value for value in args if isinstance(value, Values)), None)
+        numbers = "" if values is None else f"\n  with {values}"
         raise CheckFailed(
             f"{subject}: it accepts this site, and a rank raised, died or hung there; needs a requirement that refuses "
-            f"it, or a cure\n  at {describe(site)}{values}\n{error}"
+            f"it, or a cure\n  at {describe(site)}{numbers}\n  again: {command(subject, site, values)}\n{error}"
         ) from error
 
 
@@ -137,6 +142,29 @@ def judge(subject: Subject, site: Site, values: Values, outcomes: Sequence[Outco
                     "(see fusion_core.testing.tolerance)"
                 )
                 fail(subject, site, found, rank, values)
+
+
+def compare_each(subject: Subject, fixed: Iterable[Example]) -> None:
+    """Compare fixed examples with the oracle, where the strategy does not refuse them."""
+    for one in chosen(fixed):
+        compare(subject, one)
+
+
+def compare(subject: Subject, one: Example) -> None:
+    """Compare an example with the oracle, where the strategy does not refuse it."""
+    site, values = one[0], Values() if one[1] is None else one[1]
+    if not refused(subject, site):
+        judge(subject, site, values, run(subject, site, jobs.compare, values))
+
+
+def in_float32(subject: Subject, site: Site) -> Site:
+    """The site with everything in float32 where the strategy takes it, else as it is."""
+    inputs = {n: meta if n in SCALES else replace(meta, dtype=torch.float32) for n, meta in site.inputs.items()}
+    try:
+        found = with_outputs(subject.pattern, replace(site, inputs=inputs), site.outputs)
+    except Impossible:
+        return site
+    return site if subject_refuses(subject, found) else found
 
 
 def sites(
@@ -167,6 +195,8 @@ def for_all(subject: Subject, check: Callable[[T], None], drawn: st.SearchStrate
         drawn: The examples.
         factor: Times their number; at least 5 are checked.
     """
+    if only() is not None:
+        return
     number = hypothesis.settings().max_examples if subject.examples is None else subject.examples
 
     @hypothesis.settings(

@@ -19,25 +19,30 @@ examples come from hypothesis under its current profile; workers are started whe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+import importlib
 
 import torch
 
 from fusion_core.errors import PatternError
 from fusion_core.reason import Reason
 from fusion_core.site import Device, Site, TensorMeta
-from fusion_core.testing import compiled, jobs
+from fusion_core.testing import compiled, jobs, pools
+from fusion_core.testing.check import CHECKS as _CHECKS
+from fusion_core.testing.check import Check, Example, check, chosen
 from fusion_core.testing.checking import (
     CheckFailed,
     CheckNotApplicable,
     CheckSkipped,
     asked,
+    compare,
+    compare_each,
     example,
     examples,
     fail,
     for_all,
     here,
+    in_float32,
     judge,
     refused,
     run,
@@ -59,36 +64,7 @@ CPU = Device("cpu")
 """Where checks that need no device start from."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """One promise.
-
-    Attributes:
-        name: The name of its function.
-        title: The promise in one line.
-        needs_device: Whether it runs kernels.
-        run: Checks it for one strategy.
-    """
-
-    name: str
-    title: str
-    needs_device: bool
-    run: Callable[[Subject], None]
-
-
-_checks: list[Check] = []
-
-
-def _check(needs_device: bool) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
-    def register(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
-        title = (function.__doc__ or "").partition("\n")[0].rstrip(".")
-        _checks.append(Check(function.__name__, title, needs_device, function))
-        return function
-
-    return register
-
-
-@_check(needs_device=False)
+@check(needs_device=False)
 def accepts_its_own_example(subject: Subject) -> None:
     """There is an ordinary site that the strategy can run."""
     site = example(subject, CPU)
@@ -96,7 +72,7 @@ def accepts_its_own_example(subject: Subject) -> None:
         fail(subject, site, f"it refuses its own example: {'; '.join(map(str, reasons))}")
 
 
-@_check(needs_device=False)
+@check(needs_device=False)
 def refuses_on_the_wrong_side_of_each_requirement(subject: Subject) -> None:
     """Each requirement holds just inside of its bounds, and refuses with a reason just outside."""
     strategy, pattern = subject.strategy, subject.pattern
@@ -126,7 +102,7 @@ def refuses_on_the_wrong_side_of_each_requirement(subject: Subject) -> None:
                 fail(subject, variant, f"requirement '{requirement}' refuses, and the strategy does not: {reason}")
 
 
-@_check(needs_device=False)
+@check(needs_device=False)
 def declares_what_the_definition_gives(subject: Subject) -> None:
     """On fake tensors it gives the outputs of the definition, in shape and dtype."""
     strategy, pattern = subject.strategy, subject.pattern
@@ -158,31 +134,27 @@ def declares_what_the_definition_gives(subject: Subject) -> None:
         if problems:
             fail(subject, site, "; ".join(problems))
 
-    faked(example(subject, CPU))
+    for site, _ in chosen([(example(subject, CPU), None)]):
+        faked(site)
     for_all(subject, faked, draw_site(pattern, strategy, accepted=True), factor=0.1)
 
 
-@_check(needs_device=True)
+@check(needs_device=True)
 def equals_the_oracle_where_it_accepts(subject: Subject) -> None:
     """Where it accepts, its outputs are as near to the float64 oracle as the definition's; elsewhere it says why."""
     device, sizes = here(subject)
 
-    def compared(drawn: tuple[Site, Values]) -> None:
-        site, values = drawn
-        if not refused(subject, site):
-            judge(subject, site, values, run(subject, site, jobs.compare, values))
-
-    compared((example(subject, device, sizes[0]), Values()))
-    for_all(subject, compared, examples(subject, device, sizes), factor=2.0)
+    compare_each(subject, [(example(subject, device, sizes[0]), Values())])
+    for_all(subject, functools.partial(compare, subject), examples(subject, device, sizes), factor=2.0)
 
 
-@_check(needs_device=True)
+@check(needs_device=True)
 def leaves_its_inputs_alone(subject: Subject) -> None:
     """It writes into no input, nor into the gaps of one, unless its operator's schema says so."""
     device, sizes = here(subject)
     declared = jobs.written(subject.strategy.impl)
 
-    def unchanged(drawn: tuple[Site, Values]) -> None:
+    def unchanged(drawn: Example) -> None:
         site, values = drawn
         if refused(subject, site):
             return
@@ -192,12 +164,12 @@ def leaves_its_inputs_alone(subject: Subject) -> None:
                 fail(subject, site, found, rank, values)
 
     plain = example(subject, device, sizes[0])
-    for layout in LAYOUTS:
-        unchanged((with_layout(subject.pattern, plain, layout), Values()))
+    for one in chosen((with_layout(subject.pattern, plain, layout), Values()) for layout in LAYOUTS):
+        unchanged(one)
     for_all(subject, unchanged, examples(subject, device, sizes[:1]), factor=0.1)
 
 
-@_check(needs_device=True)
+@check(needs_device=True)
 def fake_matches_real(subject: Subject) -> None:
     """Its fake gives the shapes, dtypes and strides that it really gives, and `torch.library.opcheck` agrees."""
     device, sizes = here(subject)
@@ -209,15 +181,16 @@ def fake_matches_real(subject: Subject) -> None:
             if problems:
                 fail(subject, site, "; ".join(problems), rank)
 
-    same(example(subject, device, sizes[0]))
+    for site, _ in chosen([(example(subject, device, sizes[0]), None)]):
+        same(site)
     for_all(subject, same, sites(subject, device, sizes[:1], accepted=True), factor=0.05)
 
 
-@_check(needs_device=True)
+@check(needs_device=True)
 def stands_in_the_compiled_graph(subject: Subject) -> None:
     """torch.compile puts it where its pattern stands, and the answer stays right."""
     device, sizes = here(subject)
-    site = example(subject, device, sizes[0])
+    ((site, _),) = chosen([(example(subject, device, sizes[0]), None)])
     by_rank = run(subject, site, compiled.compile_it, Values())
     for rank, found in enumerate(by_rank):
         report = found.site
@@ -235,23 +208,25 @@ def stands_in_the_compiled_graph(subject: Subject) -> None:
     judge(subject, site, Values(), [found.outcome for found in by_rank])
 
 
-@_check(needs_device=True)
+@check(needs_device=True)
 def takes_any_number_of_dimensions_or_refuses(subject: Subject) -> None:
     """With inputs of one to four dimensions it is right, or it refuses with reasons."""
     device, sizes = here(subject)
     plain = example(subject, device, sizes[0])
-    for rows in ((), (3,), (2, 3), (2, 1, 3)):
-        site = resized(subject.pattern, plain, (*rows, int(plain.inputs["x"].shape[-1])))
-        if not refused(subject, site):
-            judge(subject, site, Values(seed=1), run(subject, site, jobs.compare, Values(seed=1)))
+    n = int(plain.inputs["x"].shape[-1])
+    shapes = ((*rows, n) for rows in ((), (3,), (2, 3), (2, 1, 3)))
+    compare_each(subject, ((resized(subject.pattern, plain, shape), Values(seed=1)) for shape in shapes))
 
 
-@_check(needs_device=True)
+@check(needs_device=True)
 def gives_the_same_bits_on_every_rank(subject: Subject) -> None:
-    """Every rank gets the same bits of every output."""
+    """Every rank gets the same bits of every output, in float32 at the largest world size too."""
     device, sizes = here(subject)
 
-    def alike(drawn: tuple[Site, Values]) -> None:
+    largest = pools.every_world_size(subject, device.type)[-1]
+    plain = example(subject, device, sizes[0])
+
+    def alike(drawn: Example) -> None:
         site, values = drawn
         if refused(subject, site):
             return
@@ -261,30 +236,32 @@ def gives_the_same_bits_on_every_rank(subject: Subject) -> None:
                 found = f"{', '.join(differing)} has other bits than on rank 0, needs the same bits on every rank"
                 fail(subject, site, found, rank, values)
 
-    alike((example(subject, device, sizes[0]), Values()))
+    fixed = [(plain, Values()), (in_float32(subject, example(subject, device, largest)), Values())]
+    for one in chosen(fixed):
+        alike(one)
     for_all(subject, alike, examples(subject, device, [size for size in sizes if size > 1] or sizes), factor=0.1)
 
 
-@_check(needs_device=True)
+@check(needs_device=True)
 def gives_a_row_the_same_bits_in_every_batch(subject: Subject) -> None:
-    """Where it says that it is batch-invariant, a row's bits do not hang on the other rows."""
+    """Where it says that it is batch-invariant, a row's bits do not depend on the other rows."""
     device, sizes = here(subject)
     if not subject.strategy.batch_invariant:
         raise CheckNotApplicable("it does not say that it is batch-invariant")
-    for size in sizes:
-        plain = example(subject, device, size)
-        site = resized(subject.pattern, plain, (BATCHES[-1], int(plain.inputs["x"].shape[-1])))
+    plains = [example(subject, device, size) for size in sizes]
+    shapes = [(plain, (BATCHES[-1], int(plain.inputs["x"].shape[-1]))) for plain in plains]
+    for site, _ in chosen((resized(subject.pattern, plain, shape), None) for plain, shape in shapes):
         for rank, found in enumerate(run(subject, site, jobs.bits_of_the_first_row, Values(), BATCHES)):
             if differing := sorted({name for bits in found[1:] for name in bits if bits[name] != found[0][name]}):
                 what = f"the first row of {', '.join(differing)} has other bits in batches of {BATCHES} rows"
                 fail(subject, site, f"{what}, needs the same, or no batch_invariant=True", rank)
 
 
-@_check(needs_device=True)
+@check(needs_device=True)
 def can_be_repeated_and_used_in_two_groups(subject: Subject) -> None:
     """Called in turn on two process groups, it leaves earlier results alone and gives right ones each time."""
     device, sizes = here(subject)
-    site = example(subject, device, sizes[0])
+    ((site, _),) = chosen([(example(subject, device, sizes[0]), None)])
     calls = [Values(seed=seed) for seed in range(3)]
     by_rank = run(subject, site, jobs.compare_in_turn, calls)
     for index in range(2 * len(calls)):
@@ -293,17 +270,15 @@ def can_be_repeated_and_used_in_two_groups(subject: Subject) -> None:
         judge(subject, site, values, [outcomes[index] for outcomes in by_rank], where)
 
 
-@_check(needs_device=True)
+@check(needs_device=True)
 def takes_no_rows_or_refuses(subject: Subject) -> None:
     """With zero rows it gives empty outputs of the right form, or refuses with reasons."""
     device, sizes = here(subject)
     plain = example(subject, device, sizes[0])
     n = int(plain.inputs["x"].shape[-1])
-    for shape in ((0, n), (2, 0, n)):
-        site = resized(subject.pattern, plain, shape)
-        if not refused(subject, site):
-            judge(subject, site, Values(), run(subject, site, jobs.compare, Values()))
+    compare_each(subject, ((resized(subject.pattern, plain, shape), Values()) for shape in ((0, n), (2, 0, n))))
 
 
-CHECKS: tuple[Check, ...] = tuple(_checks)
+importlib.import_module("fusion_core.testing.checks_of_sizes")  # registers its own behind these
+CHECKS: tuple[Check, ...] = tuple(_CHECKS)
 """All promises; those that need no device first."""

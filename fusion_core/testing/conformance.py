@@ -33,6 +33,8 @@ __all__ = [
     "test_fake_matches_real",
     "test_gives_a_row_the_same_bits_in_every_batch",
     "test_gives_the_same_bits_on_every_rank",
+    "test_is_right_at_every_world_size",
+    "test_is_right_at_large_sizes_and_at_its_bounds",
     "test_leaves_its_inputs_alone",
     "test_loads",
     "test_refuses_on_the_wrong_side_of_each_requirement",
@@ -131,12 +133,12 @@ def test_takes_any_number_of_dimensions_or_refuses(subject: Subject) -> None:
 
 
 def test_gives_the_same_bits_on_every_rank(subject: Subject) -> None:
-    """Every rank gets the same bits of every output."""
+    """Every rank gets the same bits of every output, in float32 at the largest world size too."""
     verify(_CHECKS["gives_the_same_bits_on_every_rank"], subject)
 
 
 def test_gives_a_row_the_same_bits_in_every_batch(subject: Subject) -> None:
-    """Where it says that it is batch-invariant, a row's bits do not hang on the other rows."""
+    """Where it says that it is batch-invariant, a row's bits do not depend on the other rows."""
     verify(_CHECKS["gives_a_row_the_same_bits_in_every_batch"], subject)
 
 
@@ -148,3 +150,13 @@ def test_can_be_repeated_and_used_in_two_groups(subject: Subject) -> None:
 def test_takes_no_rows_or_refuses(subject: Subject) -> None:
     """With zero rows it gives empty outputs of the right form, or refuses with reasons."""
     verify(_CHECKS["takes_no_rows_or_refuses"], subject)
+
+
+def test_is_right_at_large_sizes_and_at_its_bounds(subject: Subject) -> None:
+    """With many rows, wide ones, and at each bound that it declares it is right, or it refuses with reasons."""
+    verify(_CHECKS["is_right_at_large_sizes_and_at_its_bounds"], subject)
+
+
+def test_is_right_at_every_world_size(subject: Subject) -> None:
+    """At every world size that it takes, and that this machine can run, it is right."""
+    verify(_CHECKS["is_right_at_every_world_size"], subject)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -60,15 +61,21 @@ def compare_in_turn(subject: Subject, site: Site, all_values: Sequence[Values]) 
     for values in all_values:
         for group in groups:
             with torch.no_grad():
-                runs.append(
-                    (values, group, call(subject.strategy, subject.pattern, site, tensors(site, values), group))
-                )
+                returned = call(subject.strategy, subject.pattern, site, tensors(site, values), group)
+            runs.append((values, group, returned, _bits_by_name(subject, returned)))
     outcomes = []
-    for values, group, returned in runs:
-        outcome = Outcome()
+    for values, group, returned, bits in runs:
+        now = _bits_by_name(subject, returned)
+        lost = [name for name in bits if bits[name] != now.get(name)]
+        needs = "needs memory of its own for the results of each call"
+        outcome = Outcome([f"a later call overwrote {', '.join(lost)}, {needs}"] if lost else [])
         _judge(outcome, subject, site, values, returned, group)
         outcomes.append(outcome)
     return outcomes
+
+
+def _bits_by_name(subject: Subject, returned: Any) -> dict[str, str]:
+    return {name: _bits(result) for name, result in by_name(subject.strategy, subject.pattern, returned)[0].items()}
 
 
 def bits_of_the_first_row(subject: Subject, site: Site, values: Values, batches: Sequence[int]) -> list[dict[str, str]]:
@@ -205,7 +212,7 @@ def _memory(tensor: Tensor) -> Tensor:
 
 def _bits(tensor: Tensor) -> str:
     plain = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
-    return hashlib.sha256(bytes(plain.view(torch.uint8).tolist())).hexdigest()[:16]
+    return hashlib.sha256(ctypes.string_at(plain.data_ptr(), plain.nbytes)).hexdigest()[:16]
 
 
 def fakes_and_results(subject: Subject, site: Site, values: Values) -> list[str]:

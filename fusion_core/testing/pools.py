@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -59,6 +60,14 @@ def world_sizes(subject: Subject, device_type: str) -> tuple[int, ...]:
     if every and hypothesis.settings().max_examples >= THOROUGH:
         found += every[-1:]
     return tuple(dict.fromkeys(found))
+
+
+def every_world_size(subject: Subject, device_type: str) -> tuple[int, ...]:
+    """The world sizes that a strategy takes and this machine can run, the largest last; on CPUs at least to 4 ranks."""
+    allowed = [r.sizes for r in subject.requirements if isinstance(r, WorldSize)]
+    most = most_ranks(device_type) if device_type == "cuda" else min(max(4, os.cpu_count() or 4), most_ranks("cpu"))
+    taken = [size for size in range(1, most + 1) if all(size in each for each in allowed)]
+    return tuple(taken if allowed else taken[:4]) or world_sizes(subject, device_type)
 
 
 def close() -> None:

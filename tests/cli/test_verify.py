@@ -1,9 +1,10 @@
 import json
+import shlex
 
 import pytest
 
 from fusion_core import registry
-from fusion_core.testing import pools
+from fusion_core.testing import CHECKS, CheckFailed, checking, pools, subjects
 
 FEW = ("--check", "accepts_its_own_example", "--check", "declares_what_the_definition_gives")
 
@@ -103,3 +104,33 @@ def test_json_says_what_the_machine_is_and_why_nothing_runs(run, monkeypatch):
     assert machine["versions"]["torch"]
     assert machine["settings"]["AITER_CUSTOM_AR_MAX_SIZE"] == "0"
     assert [reason["code"] for reason in answer["usable"]["reasons"]] == ["platform", "not_installed"]
+
+
+def test_a_failure_prints_the_command_that_runs_its_example_alone(run, monkeypatch):
+    (check,) = [each for each in CHECKS if each.name == "equals_the_oracle_where_it_accepts"]
+    (subject,) = subjects("wrong", "tests.testing.wrong_backends:forgets_weight_bias", 40)
+    with pytest.raises(CheckFailed) as caught:
+        check.run(subject)
+    lines = str(caught.value).splitlines()
+    site, command = (next(line for line in lines if line.startswith(start)) for start in ("  at ", "  again: "))
+    words = shlex.split(command.removeprefix("  again: "))
+    assert words[:2] == ["fusion-core", "verify"]
+    found = run(*words[1:], status=1)
+    assert " ".join(site.split()) in " ".join(found.stdout.split())
+    ran = []
+    monkeypatch.setattr(checking, "run", lambda *arguments: ran.append(arguments) or [])
+    check.run(subject, words[-1])
+    assert len(ran) == 1, "one example, and no generated ones"
+
+
+def test_what_no_failure_printed_is_refused(run):
+    command = ["verify", "reference", "--strategy", "reference.all_reduce", "--check", "takes_no_rows_or_refuses"]
+    for words, reason in (
+        ([*command, "--example", "eJx"], "--example is 'eJx', needs the text that a failed check prints"),
+        (
+            [*command[:2], "--example", "eJx"],
+            "--example is of one check and strategy, needs --check and --strategy once",
+        ),
+        ([*command[:2], "--strategy", "reference.none"], "--strategy is reference.none, needs names among reference."),
+    ):
+        assert reason in " ".join(run(*words, status=2).stderr.split())

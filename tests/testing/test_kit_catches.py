@@ -43,8 +43,14 @@ CAUGHT = [
     ("takes_four_dimensions_for_three", "takes_any_number_of_dimensions_or_refuses", "is wrong in row"),
     ("differs_between_ranks", "gives_the_same_bits_on_every_rank", "normed has other bits than on rank 0"),
     ("differs_between_batches", "gives_a_row_the_same_bits_in_every_batch", "the first row of normed has other bits in batches of"),
-    ("returns_its_workspace", "can_be_repeated_and_used_in_two_groups", "call 1 of 6"),
+    ("returns_its_workspace", "can_be_repeated_and_used_in_two_groups", "call 1 of 6, in turn on two groups: a later call overwrote normed, needs memory of its own"),
     ("knows_one_group", "can_be_repeated_and_used_in_two_groups", "call 2 of 6"),
+    ("is_wrong_beyond_1024_rows", "is_right_at_large_sizes_and_at_its_bounds", "normed is wrong in row 1024"),
+    ("is_wrong_at_its_most_tokens", "is_right_at_large_sizes_and_at_its_bounds", "x=bfloat16[700, 256]"),
+    ("is_wrong_at_its_widest", "is_right_at_large_sizes_and_at_its_bounds", "x=bfloat16[4, 5120]"),
+    ("is_wrong_at_hidden_16384", "is_right_at_large_sizes_and_at_its_bounds", "x=bfloat16[2, 16384]"),
+    ("is_wrong_at_four_ranks", "is_right_at_every_world_size", "on 4 ranks of cpu"),
+    ("adds_its_own_part_first", "gives_the_same_bits_on_every_rank", "x=float32[4, 256]"),
     ("has_a_row_where_there_is_none", "takes_no_rows_or_refuses", "gives normed as bfloat16[1, 256], needs bfloat16[0, 256]"),
 ]  # fmt: skip
 
@@ -60,6 +66,13 @@ def test_a_wrong_backend_is_caught_by_the_check_that_names_its_fault(name, check
         RUN[check](subject_of(name))
     assert words in str(caught.value)
     assert str(caught.value).startswith("wrong.")
+
+
+@pytest.mark.parametrize(
+    ("name", "check"), [(name, check) for name, check, _ in CAUGHT if check.startswith("is_right_at")]
+)
+def test_what_is_wrong_at_one_size_alone_passes_where_generated_sites_are_compared(name, check):
+    RUN["equals_the_oracle_where_it_accepts"](subject_of(name, 20))
 
 
 @pytest.mark.parametrize("check", list(RUN))

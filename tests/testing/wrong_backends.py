@@ -28,6 +28,7 @@ from fusion_core import (
     Site,
     SizeBetween,
     Strategy,
+    Tokens,
     WorldSize,
     hookimpl,
     pattern,
@@ -200,6 +201,43 @@ def _by_rank(given: Any, normed: Tensor, *others: Tensor) -> Results:
 
 
 differs_between_ranks = backend(behind(_by_rank))
+
+
+def _wrong_where(condition: Callable[[Any], bool]) -> Callable[..., Results]:
+    def change(given: Any, normed: Tensor, *others: Tensor) -> Results:
+        if given.x.numel() and condition(given):
+            normed = normed.clone(memory_format=torch.contiguous_format)
+            normed[-1] *= 2
+        return (normed, *others)
+
+    return behind(change)
+
+
+def _rows(given: Any) -> int:
+    return int(given.x.numel() // given.x.shape[-1])
+
+
+is_wrong_beyond_1024_rows = backend(_wrong_where(lambda given: _rows(given) > 1024))
+is_wrong_at_its_most_tokens = backend(_wrong_where(lambda given: _rows(given) == 700), requires=(Tokens(most=700),))
+is_wrong_at_its_widest = backend(
+    _wrong_where(lambda given: given.x.shape[-1] == 5120), requires=(SizeBetween("x", -1, 8, 5120),)
+)
+is_wrong_at_hidden_16384 = backend(_wrong_where(lambda given: given.x.shape[-1] == 16384))
+is_wrong_at_four_ranks = backend(_wrong_where(lambda given: dist.get_world_size() == 4))
+
+
+def _own_part_first(given: Any, normed: Tensor, summed: Tensor, reduced: Tensor) -> Results:
+    members = dist.distributed_c10d._resolve_process_group(given.group)
+    parts = [torch.empty(reduced.shape, dtype=reduced.dtype) for _ in range(members.size())]
+    dist.all_gather(parts, given.x.contiguous(), group=members)
+    first = members.rank()
+    total = sum(part.float() for part in (*parts[first:], *parts[:first]))
+    reduced = total.to(reduced.dtype)
+    summed = add(reduced, given.residual, dtype=summed.dtype)
+    return rms_norm(summed, given.weight, given.eps, weight_bias=given.weight_bias, dtype=normed.dtype), summed, reduced
+
+
+adds_its_own_part_first = backend(behind(_own_part_first))
 
 
 def _by_batch(given: Any, normed: Tensor, *others: Tensor) -> Results:

@@ -26,6 +26,13 @@ def verify(
     backend: Annotated[str, typer.Argument(help="Name of the backend's entry point.")],
     examples: Annotated[int, typer.Option(min=1, help="Generated examples for each check.")] = 20,
     check: Annotated[list[str] | None, typer.Option(help="Only this check; may be given several times.")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help="Only this strategy; may be given several times.")] = None,
+    example: Annotated[
+        str | None, typer.Option(help="Only this example of one check, as its failure prints it.")
+    ] = None,
+    entry_point: Annotated[
+        str | None, typer.Option(help='The plugin as "package.module:object", where no distribution names it.')
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check that a backend keeps what its strategies promise, on this machine.
@@ -43,19 +50,25 @@ def verify(
     chosen = [each for each in CHECKS if not check or each.name in check]
     if unknown := sorted(set(check or ()) - {each.name for each in CHECKS}):
         raise ConfigError(f"--check is {', '.join(unknown)}, needs names among {', '.join(e.name for e in CHECKS)}")
+    if example is not None and (len(chosen) != 1 or len(strategy or ()) != 1):
+        raise ConfigError("--example is of one check and strategy, needs --check and --strategy once each")
     rows = []
     quiet = [hypothesis.HealthCheck.too_slow]
     profile = hypothesis.settings(max_examples=examples, deadline=None, database=None, suppress_health_check=quiet)
     hypothesis.settings.register_profile("fusion-core verify", parent=profile)
     hypothesis.settings.load_profile("fusion-core verify")
-    found = subjects(backend)
-    if not found:
+    every = subjects(backend, entry_point)
+    if not every:
         raise ConfigError(f"backend {backend!r} has no strategies, needs some to verify")
+    if unknown := sorted(set(strategy or ()) - {each.name for each in every}):
+        names = ", ".join(each.name for each in every)
+        raise ConfigError(f"--strategy is {', '.join(unknown)}, needs names among {names}")
+    found = [each for each in every if not strategy or each.name in strategy]
     try:
         with Stages() as stages:
             for subject in found:
                 with stages.stage(str(subject), str(subject)):
-                    rows.append(_row(subject, chosen, strict))
+                    rows.append(_row(subject, chosen, strict, example))
     finally:
         pools.close()
     failed = sum(result["outcome"] == "failed" for row in rows for result in row["checks"].values())
@@ -75,17 +88,17 @@ def _usable(subject: Subject) -> dict[str, Any]:
     return {"reasons": reasons, "status": list(machine.held(registry, subject.backend, device))}
 
 
-def _row(subject: Subject, checks: list[Check], strict: bool) -> dict[str, Any]:
+def _row(subject: Subject, checks: list[Check], strict: bool, only: str | None) -> dict[str, Any]:
     """Every check's outcome for one strategy, as plain JSON types."""
-    results = {each.name: _outcome(subject, each, strict) for each in checks}
+    results = {each.name: _outcome(subject, each, strict, only) for each in checks}
     return {"strategy": subject.strategy.name, "pattern": subject.pattern.name, "checks": results}
 
 
-def _outcome(subject: Subject, check: Check, strict: bool) -> dict[str, str]:
+def _outcome(subject: Subject, check: Check, strict: bool, only: str | None) -> dict[str, str]:
     from fusion_core.testing import CheckFailed, CheckNotApplicable, CheckSkipped
 
     try:
-        check.run(subject)
+        check.run(subject, only)
     except CheckNotApplicable as nothing:
         return {"outcome": "not applicable", "why": str(nothing)}
     except CheckSkipped as skipped:

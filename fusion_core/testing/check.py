@@ -1,0 +1,121 @@
+"""One promise of a strategy, and one example of it run again by the command that a failure prints."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+
+from fusion_core.errors import ConfigError
+from fusion_core.run_time_site import has_run_time_sizes, of_data, to_data
+from fusion_core.site import Site
+from fusion_core.testing.subject import Subject
+from fusion_core.testing.tensors import Values
+
+Example = tuple[Site, Values | None]
+"""A site, and what its tensors hold where that was drawn."""
+
+_running: ContextVar[str] = ContextVar("_running", default="")
+_only: ContextVar[Example | None] = ContextVar("_only", default=None)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise.
+
+    Attributes:
+        name: The name of its function.
+        title: The promise in one line.
+        needs_device: Whether it runs kernels.
+        function: Checks it for one strategy.
+    """
+
+    name: str
+    title: str
+    needs_device: bool
+    function: Callable[[Subject], None]
+
+    def run(self, subject: Subject, only: str | None = None) -> None:
+        """Check it for one strategy.
+
+        Args:
+            subject: The strategy.
+            only: The one example to check, as a failure prints it; None for all.
+
+        Raises:
+            ConfigError: where ``only`` is no such example.
+        """
+        name, example = _running.set(self.name), _only.set(None if only is None else example_of(only))
+        try:
+            self.function(subject)
+        finally:
+            _running.reset(name)
+            _only.reset(example)
+
+
+CHECKS: list[Check] = []
+
+
+def check(needs_device: bool) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
+    """Register a function as a promise, by its name and the first line of its docstring."""
+
+    def register(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
+        title = (function.__doc__ or "").partition("\n")[0].rstrip(".")
+        CHECKS.append(Check(function.__name__, title, needs_device, function))
+        return function
+
+    return register
+
+
+def only() -> Example | None:
+    """The one example that is to be checked; None for all."""
+    return _only.get()
+
+
+def chosen(fixed: Iterable[Example]) -> Iterator[Example]:
+    """A check's fixed examples, or the one that is to be checked instead."""
+    example = _only.get()
+    if example is None:
+        yield from fixed
+    else:
+        yield example
+
+
+def command(subject: Subject, site: Site | None = None, values: Values | None = None) -> str:
+    """The command that runs the check that is running now again, on this one example where it is given."""
+    words = ["fusion-core", "verify", subject.backend, "--strategy", subject.name, "--check", _running.get()]
+    if subject.entry_point is not None:
+        words += ["--entry-point", subject.entry_point]
+    if site is not None and (text := text_of(site, values)) is not None:
+        words += ["--example", text]
+    switch = subject.strategy.switch
+    return ("" if switch is None else f"FUSION_CORE_OPTIONS={switch} ") + shlex.join(words)
+
+
+def text_of(site: Site, values: Values | None) -> str | None:
+    """An example as a word of a command line; None where it holds what such a word cannot."""
+    if has_run_time_sizes(site):
+        return None
+    try:
+        said = json.dumps([to_data(site), None if values is None else asdict(values)], separators=(",", ":"))
+    except TypeError:
+        return None
+    return base64.urlsafe_b64encode(zlib.compress(said.encode(), 9)).decode().rstrip("=")
+
+
+def example_of(text: str) -> Example:
+    """The example that `text_of` gave.
+
+    Raises:
+        ConfigError: for any other text.
+    """
+    try:
+        data, values = json.loads(zlib.decompress(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))))
+        site = of_data(data, tuple(data[1]["x"][1]), "")
+        return site, None if values is None else Values(**{**values, "rows": tuple(values["rows"])})
+    except (ValueError, TypeError, KeyError, AttributeError, zlib.error) as error:
+        raise ConfigError(f"--example is {text[:40]!r}, needs the text that a failed check prints") from error

@@ -1,0 +1,65 @@
+"""Promises about the sizes that users have: large ones, those at a declared bound, and every number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from fusion_core.site import Site
+from fusion_core.testing import pools
+from fusion_core.testing.check import check
+from fusion_core.testing.checking import compare_each, example, here
+from fusion_core.testing.requirement_sides import sides
+from fusion_core.testing.sites import Impossible, describe, fitted, resized
+from fusion_core.testing.subject import Subject
+from fusion_core.testing.tensors import Values
+
+LARGE = ((1025, 64), (8192, 64), (3, 8192), (2, 16384))
+"""Rows and hidden sizes of the large examples; the strategy's own hidden size where it does not take these 64."""
+MOST = 1 << 22
+"""Elements of x beyond which a bound is not run: the float64 oracle takes minutes there."""
+
+
+@check(needs_device=True)
+def is_right_at_large_sizes_and_at_its_bounds(subject: Subject) -> None:
+    """With many rows, wide ones, and at each bound that it declares it is right, or it refuses with reasons."""
+    device, sizes = here(subject)
+    plain = example(subject, device, sizes[0])
+    found = {describe(site): site for site in (*_large(subject, plain), *_at_bounds(subject, plain))}
+    compare_each(subject, ((site, Values(seed=2)) for site in found.values()))
+
+
+@check(needs_device=True)
+def is_right_at_every_world_size(subject: Subject) -> None:
+    """At every world size that it takes, and that this machine can run, it is right."""
+    device, _ = here(subject)
+    found = (example(subject, device, size) for size in pools.every_world_size(subject, device.type))
+    compare_each(subject, ((site, Values(seed=3)) for site in found))
+
+
+def _large(subject: Subject, plain: Site) -> Iterator[Site]:
+    own = int(plain.inputs["x"].shape[-1])
+    for rows, hidden in LARGE:
+        for size in dict.fromkeys((hidden, own if hidden == 64 else hidden)):
+            try:
+                site = resized(subject.pattern, plain, (rows, size))
+            except Impossible:
+                continue
+            if not subject.strategy.cannot(site, subject.pattern):
+                yield site
+                break
+
+
+def _at_bounds(subject: Subject, plain: Site) -> Iterator[Site]:
+    """Sites of other sizes just inside of each requirement."""
+    for requirement in subject.requirements:
+        for variant in sides(requirement, plain).met:
+            if (variant.device, variant.world_size) != (plain.device, plain.world_size):
+                continue
+            try:
+                site = fitted(subject.pattern, plain, variant)
+            except Impossible:
+                continue
+            shape = site.inputs["x"].shape
+            if shape != plain.inputs["x"].shape and all(isinstance(n, int) for n in shape) and math.prod(shape) <= MOST:
+                yield site

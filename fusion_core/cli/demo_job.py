@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import importlib
 import os
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -147,5 +148,10 @@ def _keep_quiet() -> None:
 
 
 def _transformers() -> Any:
-    """The library, untyped: type checks then need not have it."""
+    """The library, untyped: type checks then need not have it.
+
+    It imports torchao wherever that is installed, for quantised models, and torchao talks of libraries that it cannot
+    load. This model is not quantised: for this process torchao is not installed.
+    """
+    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # Python's own way to say that there is none
     return importlib.import_module("transformers")

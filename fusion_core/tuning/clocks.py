@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from fusion_core.tuning.ranks import Ranks
+from fusion_core.tuning.ranks import Ranks, said
 
 Run = Callable[[], object]
 
@@ -37,8 +37,11 @@ class Clock(Protocol):
         """The run in the form that is timed; it has been called once before."""
         ...
 
-    def times(self, runs: Mapping[str, Run], size: int) -> dict[str, float]:
-        """Median microseconds of each recorded run on this rank; the runs take turns."""
+    def times(self, runs: Mapping[str, Run], size: int) -> tuple[dict[str, float], dict[str, str]]:
+        """Median microseconds of each recorded run on this rank, and why a run has none; the runs take turns.
+
+        A run that raises on some ranks is left out on all, in step: the others' times are not lost with it.
+        """
         ...
 
     def settle(self) -> None:
@@ -52,6 +55,33 @@ class Clock(Protocol):
     def drop(self) -> None:
         """Forget everything recorded, and the memory that it holds."""
         ...
+
+
+class _Failures:
+    """Runs that raised while they were timed. A run is left out from the next `exchange` on, on all ranks at once."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._mine: dict[str, str] = {}
+        self.why: dict[str, str] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.why
+
+    def caught(self, name: str, run: Run) -> bool:
+        """Call a run that has not raised here yet; whether it did not."""
+        if name in self._mine:
+            return False
+        try:
+            run()
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever a path raises: the others must hear of it
+            self._mine[name] = said(error)
+            return False
+        return True
+
+    def exchange(self) -> None:
+        """Hear from all ranks what failed there."""
+        self.why = self._ranks.failed(self._mine)
 
 
 class GraphClock:
@@ -102,27 +132,34 @@ class GraphClock:
         self._graphs.append(graph)
         return graph.replay
 
-    def times(self, runs: Mapping[str, Run], size: int) -> dict[str, float]:
+    def times(self, runs: Mapping[str, Run], size: int) -> tuple[dict[str, float], dict[str, str]]:
         """Between two events in the stream."""
+        failures = _Failures(self._ranks)
         marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
         # the less there is to time, the more it is lost in how far apart the ranks are
         warm, replays = 2, 45 if size <= MIB else 15 if size <= 4 * MIB else 7
         self._ranks.meet()
         for turn in range(warm + replays):
             for name, run in runs.items():
+                if name in failures:
+                    continue
                 torch.cuda._sleep(AHEAD)
                 dist.all_reduce(self._token, group=self._ranks.group)
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
-                run()
+                ran = failures.caught(name, run)
                 end.record()
-                if turn >= warm:
+                if ran and turn >= warm:
                     marks[name].append((begin, end))
             torch.cuda.synchronize(self._device)
-        return {
+            if turn < warm or turn == warm + replays - 1:  # not in between: the ranks' words would part the replays
+                failures.exchange()
+        found = {
             name: statistics.median(begin.elapsed_time(end) for begin, end in pairs) * 1e3
             for name, pairs in marks.items()
+            if name not in failures
         }
+        return found, failures.why
 
     def settle(self) -> None:
         """Wait for the GPU."""
@@ -159,17 +196,20 @@ class WallClock:
         """The run itself."""
         return run
 
-    def times(self, runs: Mapping[str, Run], size: int) -> dict[str, float]:
+    def times(self, runs: Mapping[str, Run], size: int) -> tuple[dict[str, float], dict[str, str]]:
         """By the clock."""
+        failures = _Failures(self._ranks)
         found: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(1 + 5):
             for name, run in runs.items():
+                if name in failures:
+                    continue
                 self._ranks.meet()
                 begin = time.perf_counter()
-                run()
-                if turn:
+                if failures.caught(name, run) and turn:
                     found[name].append((time.perf_counter() - begin) * 1e6)
-        return {name: statistics.median(times) for name, times in found.items()}
+            failures.exchange()
+        return {name: statistics.median(times) for name, times in found.items() if name not in failures}, failures.why
 
     def settle(self) -> None:
         """Nothing runs on."""

@@ -22,7 +22,7 @@ from fusion_core.run_time import fallen_back
 from fusion_core.site import Site
 from fusion_core.tuning.clocks import Clock, Run
 from fusion_core.tuning.plan import Column, Form, Plan, tensors
-from fusion_core.tuning.ranks import Ranks
+from fusion_core.tuning.ranks import Ranks, said
 from fusion_core.tuning.schema import LEAST_US, UNFUSED
 from fusion_core.vocabulary.operation import Symbol
 
@@ -114,12 +114,12 @@ class Bench:
         runs: dict[str, Run] = {}
         sites = self._clock.sites(size)
         for column, site in columns:
-            call = point.call(column, site)
-            distance, why = self._ranks.attempt(partial(self._first, point, call, column))
+            calls: list[Call] = []
+            distance, why = self._ranks.attempt(partial(self._first, point, calls, column, site))
             if why is None and distance > MOST_DIFFERENCE:
                 why = f"its results differ from the unfused path's by {distance:.2g} of their magnitude"
             if why is None:
-                run = point.chain(call, column.form, sites)
+                run = point.chain(calls[0], column.form, sites)
                 _, why = self._ranks.attempt(partial(self._record, runs, column, run))
             if why is not None:
                 runs.pop(column.name, None)
@@ -136,12 +136,36 @@ class Bench:
             if why is not None:
                 runs.pop(name, None)
                 notes[name] = why
-        runs[PRODUCER] = self._clock.record(point.chain(None, columns[0][0].form, sites))
-        found = self._ranks.slowest(self._clock.times(runs, size))
+        _, why = self._ranks.attempt(
+            partial(self._record_whole, runs, PRODUCER, point.chain(None, columns[0][0].form, sites))
+        )
+        if why is not None:
+            return Measured({}, {**notes, UNFUSED: why})
+        times, failures = self._timed(runs, size, columns)
+        notes |= failures
+        for name in (PRODUCER, UNFUSED):
+            if name in notes:  # no other figure says anything then
+                return Measured({}, {UNFUSED: notes.pop(name), **notes})
+        found = self._ranks.slowest(times)
         nothing = found.pop(PRODUCER)
         # no path is faster than nothing: where the clock says so, it cannot tell
         us = {name: round(max((time - nothing) / sites, LEAST_US), 3) for name, time in found.items()}
         return Measured(us, notes)
+
+    def _timed(
+        self, runs: Mapping[str, Run], size: int, columns: Sequence[tuple[Column, Site]]
+    ) -> tuple[dict[str, float], dict[str, str]]:
+        """The times of the runs that ran to the end on every rank, as what they are called; why the others did not."""
+        times, failures = self._clock.times(runs, size)
+        mine: dict[str, str] = {}
+        for column, _ in columns:
+            if column.name in times:
+                try:
+                    self._check(column)
+                except RuntimeError as error:
+                    mine[column.name] = said(error)
+        failures |= self._ranks.failed(mine)
+        return {name: time for name, time in times.items() if name not in failures}, failures
 
     def _columns(
         self, pattern: Pattern, hidden: int, tokens: int, without: Collection[str]
@@ -188,8 +212,13 @@ class Bench:
             self._warm.add(key)
         return 0.0
 
-    def _first(self, point: _Point, call: Call, column: Column) -> float:
-        """Run a path once, outside of any capture: what it makes and compiles it makes now. How far it is off."""
+    def _first(self, point: _Point, calls: list[Call], column: Column, site: Site) -> float:
+        """Run a path once, outside of any capture: what it makes and compiles it makes now. How far it is off.
+
+        The path is added to ``calls``.
+        """
+        call = point.call(column, site)
+        calls.append(call)
         distance = point.compare(call, column)
         self._clock.settle()
         return distance

@@ -28,9 +28,8 @@ class Ranks:
         self.group = dist.group.WORLD if group is None else group
         self.name = group_name(self.group)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self._talk = self.group
-        if dist.get_backend(self.group) != "gloo":
-            self._talk = dist.new_group(dist.get_process_group_ranks(self.group), backend="gloo")
+        # always a group of their own: what failed before its collective must not meet a peer that is in it
+        self._talk = dist.new_group(dist.get_process_group_ranks(self.group), backend="gloo")
 
     def gather(self, value: T) -> list[T]:
         """The picklable values of all ranks, in rank order."""
@@ -58,15 +57,32 @@ class Ranks:
         given, error = 0.0, None
         try:
             given = work()
-        except Exception as caught:  # noqa: BLE001  # whatever a path raises: the other ranks must hear of it
-            error = f"{type(caught).__name__}: {caught}".splitlines()[0][:LONGEST]
+        except (Exception, SystemExit) as caught:  # noqa: BLE001  # whatever a path raises: the others must hear of it
+            error = said(caught)
         found = self.gather((given, error))
         for rank, (_, why) in enumerate(found):
             if why is not None:
                 return 0.0, f"rank {rank}: {why}"
         return max(number for number, _ in found), None
 
+    def failed(self, mine: Mapping[str, str]) -> dict[str, str]:
+        """What failed on any rank, by name, and why by the first rank on which it did."""
+        found: dict[str, str] = {}
+        for rank, failures in enumerate(self.gather(dict(mine))):
+            for name, why in failures.items():
+                found.setdefault(name, f"rank {rank}: {why}")
+        return found
+
     def slowest(self, times: Mapping[str, float]) -> dict[str, float]:
         """The largest of all ranks for each name; the names are the same on all ranks."""
         found = self.gather(dict(times))
         return {name: max(each[name] for each in found) for name in times}
+
+
+def said(error: BaseException) -> str:
+    """An error as one short line."""
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001  # its own __str__ raises
+        text = type(error).__name__
+    return text.splitlines()[0][:LONGEST]

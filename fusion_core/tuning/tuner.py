@@ -15,7 +15,7 @@ from fusion_core.tuning.measure import Bench, Measured
 from fusion_core.tuning.plan import Plan
 from fusion_core.tuning.ranks import Ranks
 from fusion_core.tuning.sweep import Note, sweep
-from fusion_core.tuning.table import Table
+from fusion_core.tuning.table import Row, Table, TableError
 
 HIDDEN = (2048, 4096, 8192)
 TOKENS = tuple(2**power for power in range(15))
@@ -60,6 +60,7 @@ def tune(
 
     Raises:
         BackendError: where the ranks do not run on one kind of machine.
+        TableError: where the table would refuse a name, before anything is measured.
     """
     machine = Machine.here(ranks.size, Device.of(plan.device))
     machines = ranks.gather(machine.to_dict())
@@ -67,6 +68,7 @@ def tune(
         if differing := [name for name, value in machines[0].items() if other[name] != value]:
             name = differing[0]
             raise BackendError(f"rank {rank} has {name} {other[name]!r}, needs {machines[0][name]!r} as rank 0 has it")
+    _check_names(plan, ranks, patterns, machine, command)
     bench = Bench(plan, ranks, clock, max(tokens))
     by_name = {pattern.name: pattern for pattern in patterns}
 
@@ -79,3 +81,17 @@ def tune(
         return Tuned(None, swept.notes)
     made = datetime.now(UTC).isoformat(timespec="seconds")
     return Tuned(Table(machine, swept.rows, made, command), swept.notes)
+
+
+def _check_names(plan: Plan, ranks: Ranks, patterns: Sequence[Pattern], machine: Machine, command: str) -> None:
+    """Raise on all ranks where the table could not be made of these names, however long they were measured."""
+    wrong = None
+    try:
+        names = {pattern.name: [column.name for column in plan.columns(pattern)] for pattern in patterns}
+        rows = (Row(name, dtype_name(plan.dtype), 1, 1, dict.fromkeys(own, 1.0)) for name, own in names.items())
+        Table(machine, tuple(rows), datetime.now(UTC).isoformat(timespec="seconds"), command)
+    except TableError as error:
+        wrong = str(error)
+    for rank, found in enumerate(ranks.gather(wrong)):
+        if found is not None:
+            raise TableError(f"the table that rank {rank} is to write would be refused: {found}")

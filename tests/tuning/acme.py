@@ -33,6 +33,26 @@ def raises_when_timed(x, *, group):
     return x
 
 
+_timed = []
+_exits = []
+
+
+def raises_in_a_later_repetition(x, *, group):
+    """On rank 1 alone, when it has been run, recorded and timed once."""
+    _timed.append(group)
+    if dist.get_rank() == 1 and len(_timed) > 1 + 3 * 5:
+        raise RuntimeError("the third repetition")
+    return x if len(_timed) > 1 else right(x, group=group)
+
+
+def exits_when_timed(x, *, group):
+    """On rank 0 alone."""
+    _exits.append(None)
+    if dist.get_rank() == 0 and len(_exits) > 1:
+        raise SystemExit("enough")
+    return right(x, group=group) if len(_exits) == 1 else x
+
+
 def sums_nothing(x, *, group):
     return x.clone()
 
@@ -70,7 +90,16 @@ def of_groups(x, weight, eps, *, group, **scalars):
 
 @hookimpl
 def fusion_strategies():
-    for impl in (right, raises_on_rank_1, raises_when_timed, sums_nothing, not_a_number_on_rank_1, falls_back):
+    for impl in (
+        right,
+        raises_on_rank_1,
+        raises_when_timed,
+        raises_in_a_later_repetition,
+        exits_when_timed,
+        sums_nothing,
+        not_a_number_on_rank_1,
+        falls_back,
+    ):
         yield Strategy("all_reduce", f"acme.{impl.__name__}", impl)
     yield Strategy("all_reduce", "acme.only_on_rank_0", right, requires=(RankZero(),))
     yield Strategy("all_reduce", "acme.switched_off", right, option="fast")

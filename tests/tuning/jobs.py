@@ -53,6 +53,8 @@ def _plan(order=("acme",), dtype=DTYPE):
 def measured(pattern, hidden, tokens, without=(), order=("acme",), dtype=DTYPE):
     """A point's figures and notes."""
     acme._calls.clear()
+    acme._timed.clear()
+    acme._exits.clear()
     ranks, plan = _plan(order, dtype)
     clock = Clock(ranks)
     found = Bench(plan, ranks, clock, tokens).measure(plan.registry.patterns[pattern], hidden, tokens, without)
@@ -63,7 +65,7 @@ def flushed():
     """How often the caches were flushed in the runs of a point as they were recorded, and how many sites those have."""
     ranks, plan = _plan()
     clock = Clock(ranks)
-    clock.times = lambda runs, size: dict.fromkeys(runs, 1.0)
+    clock.times = lambda runs, size: (dict.fromkeys(runs, 1.0), {})
     Bench(plan, ranks, clock, 4).measure(plan.registry.patterns["all_reduce"], 64, 4)
     return clock.flushed, clock.recorded * clock.sites(64 * 4 * 4)
 

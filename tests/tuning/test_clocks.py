@@ -63,7 +63,7 @@ def said(monkeypatch):
 
 @pytest.fixture
 def clock(said):
-    return GraphClock(SimpleNamespace(group=None, meet=lambda: None), DEVICE)
+    return GraphClock(SimpleNamespace(group=None, meet=lambda: None, failed=dict), DEVICE)
 
 
 def test_graphs_of_a_point_share_a_pool_and_are_dropped_together(clock, said):
@@ -97,7 +97,7 @@ def test_a_capture_that_breaks_off_is_ended_and_says_why(clock, said):
 @pytest.mark.parametrize(("hip", "cached"), [(None, 4 << 20), ("7.2", 256 << 20)])
 def test_a_flush_copies_more_than_the_caches_hold(said, monkeypatch, hip, cached):
     monkeypatch.setattr(clocks.torch.version, "hip", hip)
-    clock = GraphClock(SimpleNamespace(group=None, meet=lambda: None), DEVICE)
+    clock = GraphClock(SimpleNamespace(group=None, meet=lambda: None, failed=dict), DEVICE)
     copies = []
     monkeypatch.setattr(torch.Tensor, "copy_", lambda to, of: copies.append((to, of)))
     clock.flush()
@@ -109,7 +109,7 @@ def test_a_flush_copies_more_than_the_caches_hold(said, monkeypatch, hip, cached
 
 def test_runs_take_turns_and_ranks_meet_before_what_is_timed(clock, said):
     runs = {name: lambda name=name: said.append(name) for name in ("a", "b")}
-    assert clock.times(runs, 1 << 20) == {"a": 250.0, "b": 250.0}
+    assert clock.times(runs, 1 << 20) == ({"a": 250.0, "b": 250.0}, {})
     turn = [word for name in ("a", "b") for word in ("sleep", "meet", "event", name, "event")]
     assert said == [*turn, "synchronize"] * (2 + 45)
     said.clear()

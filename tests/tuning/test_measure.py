@@ -43,6 +43,8 @@ def test_all_ranks_come_to_the_same_figures(bare):
     [
         ("raises_on_rank_1", "rank 1: RuntimeError: no memory is left"),
         ("raises_when_timed", "rank 0: RuntimeError: not in a capture"),
+        ("raises_in_a_later_repetition", "rank 1: RuntimeError: the third repetition"),
+        ("exits_when_timed", "rank 0: SystemExit: enough"),
         ("sums_nothing", "its results differ from the unfused path's by "),
         ("not_a_number_on_rank_1", "its results differ from the unfused path's by inf of their magnitude"),
         ("falls_back", "rank 1: RuntimeError: it runs unfused: no memory is left, needs 64 MiB"),

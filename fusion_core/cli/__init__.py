@@ -1,11 +1,13 @@
 """The command ``fusion-core``.
 
-Exit status: 0 done, 1 the answer is no, 2 the call was wrong. With ``--json``, plain JSON alone goes to stdout.
+Exit status: 0 done, 1 the answer is no, 2 the call was wrong, 130 it was interrupted, 141 the reader of stdout left.
+With ``--json``, plain JSON alone goes to stdout.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 
 _EXTRA = ("typer", "rich")
@@ -19,6 +21,23 @@ def main() -> None:
             f"{' and '.join(missing)} {verb} not installed, needs the cli extra; pip install 'fusion-core[cli]'\n"
         )
         sys.exit(2)
-    from fusion_core.cli.app import app
+    _check_streams()
+    try:
+        from fusion_core.cli.app import app
 
-    app(prog_name="fusion-core")
+        app(prog_name="fusion-core")
+    except KeyboardInterrupt:  # while torch is imported, or while the interrupted command cleans up
+        sys.exit(130)
+
+
+def _check_streams() -> None:
+    """An answer that goes nowhere is a wrong call, and a character that the locale lacks is no reason to give none."""
+    if sys.stderr is None:
+        # kept open on purpose; what is opened next would take its number, and libraries write to that
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stderr.write(
+            "fusion-core: stdout is closed, needs a file, a pipe or a terminal; >/dev/null drops the answer\n"
+        )
+        sys.exit(2)
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]

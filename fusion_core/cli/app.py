@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import sys
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import typer
@@ -15,6 +17,10 @@ from fusion_core.errors import FusionError
 
 # Newer versions of typer bring their own click, older ones use the package: typer's own subclass knows which.
 _ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+CLOSED_PIPE = 141
+"""Exit status where the reader of stdout left: 128 and the number of SIGPIPE, as shells report it of other programs."""
 
 
 class _Group(TyperGroup):
@@ -28,6 +34,13 @@ class _Group(TyperGroup):
             _fail(str(error))
         except typer.Abort:
             _fail("aborted")
+        except OSError as error:
+            _fail(_sentence(error))
+        except SystemExit as ended:
+            if not isinstance(ended.__context__, BrokenPipeError):
+                raise
+            # typer makes status 1 of it, which here means that the answer is no
+            _fail("stdout was closed before all was written, needs a reader that reads to the end", CLOSED_PIPE)
         except Exception as error:
             if not isinstance(error, _ClickException):
                 raise
@@ -35,10 +48,30 @@ class _Group(TyperGroup):
         sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = 2) -> NoReturn:
     if message:  # a call without a command has shown the help, and has nothing to add
-        typer.echo(f"fusion-core: {message}", err=True)
-    sys.exit(2)
+        with suppress(OSError):  # stderr may be the same full disk
+            typer.echo(f"fusion-core: {message}", err=True)
+    _drop_unwritten()
+    sys.exit(status)
+
+
+def _sentence(error: OSError) -> str:
+    """What the system refused: of a full disk, of stdout that cannot be written."""
+    where = f"{error.filename!r}: " if error.filename is not None else ""
+    return f"{where}{error.strerror or error}, needs a place that can be written and read"
+
+
+def _drop_unwritten() -> None:
+    """What could not be written would fail again when the interpreter ends, behind the sentence that says so."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):  # a stream of a test has no number
+                nothing = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nothing, stream.fileno())
+                os.close(nothing)
 
 
 def _make() -> typer.Typer:

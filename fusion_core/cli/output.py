@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -13,8 +15,34 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fusion_core.errors import ConfigError
+
 WIDTH = 160
 """Of tables that do not go to a terminal."""
+TRIAL = 4096
+"""Bytes that are written before a long measurement, to see that they can be."""
+
+
+def check_can_write(option: str, path: Path) -> None:
+    """Raise `ConfigError` where a file could not be written: to be asked before what takes long."""
+    found = f"{option} is {str(path)!r}"
+    needs = "needs a file in a folder that exists and can be written"
+    if path.is_dir():
+        raise ConfigError(f"{found}, a folder, {needs}")
+    try:
+        try_to_write(path.resolve().parent)
+    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+        raise ConfigError(f"{found} ({getattr(error, 'strerror', None) or error}), {needs}") from error
+
+
+def try_to_write(folder: Path) -> None:
+    """Raise OSError where no file can be made and filled in a folder.
+
+    A real one is, and removed: permissions alone say nothing of a file system that is full or read-only.
+    """
+    with tempfile.TemporaryFile(dir=folder) as trial:
+        trial.write(bytes(TRIAL))
+        trial.flush()
 
 
 def print_json(value: Any) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from fusion_core.cli.launch import launch
+from fusion_core.config import FusionConfig
 from fusion_core.errors import ConfigError
+from fusion_core.registry import Registry
 
 
 @contextmanager
@@ -19,23 +23,20 @@ def process_group() -> Iterator[int]:
     """Have a default process group while the block runs; gives this process's rank.
 
     Raises:
-        ConfigError: where the environment has one of RANK and WORLD_SIZE without the other, or no group comes up.
+        ConfigError: where the environment says something that cannot be, or no group comes up.
     """
     if dist.is_initialized():
         yield dist.get_rank()
         return
-    names = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
-    if len(names) == 1:
-        raise ConfigError(
-            f"the environment has {names[0]} alone, needs RANK and WORLD_SIZE as torchrun sets them, or neither"
-        )
-    if names:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    launched = launch()
+    if launched is not None:
         try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(launched.local_rank)
             dist.init_process_group()
         except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"no process group by the environment: {error}; start it with torchrun") from error
+            why = str(error).partition("\n")[0]  # torch adds a stack of C++
+            raise ConfigError(f"no process group by the environment: {why}; start it with torchrun") from error
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     failed = True
@@ -43,11 +44,34 @@ def process_group() -> Iterator[int]:
         yield dist.get_rank()
         failed = False
     finally:
-        if dist.is_initialized() and not (failed and names):  # after an error other ranks may hang in a collective
+        if dist.is_initialized() and not (failed and launched):  # after an error other ranks may hang in a collective
             # A compiled model keeps its group, so destroying it ends none of gloo's threads; one that still drops the
             # last collective's tensors calls std::terminate when the interpreter is ending.
             dist.barrier()
             dist.destroy_process_group()
+
+
+def check_same(**facts: Any) -> None:
+    """Raise on every rank where one has another value of a fact than rank 0. Collective, over the default group.
+
+    Raises:
+        ConfigError: names the rank, the fact and both values.
+    """
+    values: list[Mapping[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(values, facts)
+    for rank, other in enumerate(values):
+        for name, value in values[0].items():
+            if other[name] != value:
+                raise ConfigError(f"rank {rank} has {name} {other[name]!r}, needs {value!r} as rank 0 has it")
+
+
+def choices(config: FusionConfig, registry: Registry) -> dict[str, Any]:
+    """What ranks must have alike to choose alike, as facts for `check_same`."""
+    backends = [
+        f"{backend.name} ({backend.distribution}, {len(backend.strategies)} strategies)"
+        for backend in registry.backends.values()
+    ]
+    return {"order": config.order, "options": config.options, "backends": ", ".join(backends)}
 
 
 def command() -> str:

@@ -23,6 +23,8 @@ from fusion_core.tuning.table import Table, TableError
 NONE = "none"
 """The setting for no table at all."""
 
+CACHE_NEEDS = "a cache directory that can be written; set XDG_CACHE_HOME to one"
+
 LARGEST_FILE = 16 * 2**20
 """Bytes; a table of a thousand points has less than a hundredth of it."""
 
@@ -67,21 +69,25 @@ def save(table: Table) -> Path:
     from fusion_core.report import write_whole  # which imports decisions, which may import tables
 
     path = path_for(table.machine)
-    needs = "a cache directory that can be written; set XDG_CACHE_HOME to one"
     if not path.is_absolute():
-        raise ConfigError(f"the table would be written to {path}, needs {needs}")
+        raise ConfigError(f"the table would be written to {path}, needs {CACHE_NEEDS}")
     try:
         write_whole(path, to_json(table))
     except OSError as error:
-        raise ConfigError(f"the table cannot be written to {path} ({error}), needs {needs}") from error
+        raise ConfigError(f"the table cannot be written to {path} ({error}), needs {CACHE_NEEDS}") from error
     return path
 
 
 def path_for(machine: Machine) -> Path:
     """The file of the user's own table for a machine; ``~/.cache/fusion_core/tables/nvidia-h200-x2.json``, say."""
+    return folder() / f"{_slug(machine)}.json"
+
+
+def folder() -> Path:
+    """Where the user's own tables are."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     cache = Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache"))
-    return cache / "fusion_core" / "tables" / f"{_slug(machine)}.json"
+    return cache / "fusion_core" / "tables"
 
 
 def to_json(table: Table) -> str:

@@ -35,7 +35,9 @@ def measured(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tune, "_measure", measure)
     monkeypatch.setattr(tune, "process_group", lambda: contextlib.nullcontext(seen.get("rank", 0)))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(tune, "check_same", lambda **facts: seen.update(facts=facts))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return seen
@@ -68,7 +70,7 @@ def test_no_numbers(text):
         (("--hidden", "x"), "--hidden is 'x', needs"),
         (("--patterns", "all_reduce,nope"), "--patterns names 'nope', needs 'all' or names among all_reduce"),
         (("--plot", "figures.png"), ".svg"),
-        (("--output", "."), "--output is '.', needs a file"),
+        (("--output", "."), "--output is '.', a folder, needs a file"),
         (("--output", "no/such/folder/table.json"), "needs a file in a folder that exists"),
         (("--order", "nope"), "'nope', which is not installed"),
         (("--dtype", "int8"), "int8"),

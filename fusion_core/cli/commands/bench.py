@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import os
 import sys
 import time
 import warnings
@@ -22,9 +21,10 @@ from fusion_core.benching.result import Outcome
 from fusion_core.benching.shapes import SHAPES
 from fusion_core.benching.subject import BATCHES, CONTEXT, LAYERS, parse_batches, subject
 from fusion_core.cli import machine
+from fusion_core.cli.launch import launch
 from fusion_core.cli.options import Json, Options, Order, Strict, make_config
-from fusion_core.cli.output import Stages, print_json, show, table
-from fusion_core.cli.process_group import command, process_group
+from fusion_core.cli.output import Stages, check_can_write, print_json, show, table
+from fusion_core.cli.process_group import check_same, choices, command, process_group
 from fusion_core.cli.user_code import failed
 from fusion_core.errors import ConfigError, FusionError
 from fusion_core.registry import Registry
@@ -110,17 +110,19 @@ def bench(
         return
     config = make_config(order, strict, options)
     sizes = parse_batches(batches)
+    launched = launch()
     if plot is not None:
         plotting.check_can_save(plot)
+        check_can_write("--plot", plot)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: reports name them
-        Registry.load(config)  # an order or option that cannot be used is an error before the model is built
+        registry = Registry.load(config)  # an order or option that cannot be used is an error before the model is built
     with (
         contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext(),
         _Progress(watchdog) as progress,
     ):
         measured = subject(function, shape, layers, context, sizes)
-        if not (dist.is_initialized() or {"RANK", "WORLD_SIZE"} & {*os.environ}):
+        if not dist.is_initialized() and launched is None:
             raise ConfigError(
                 "this is one process, in which there is nothing to reduce, needs 2 or more; "
                 "torchrun --nproc-per-node 2 -m fusion_core bench ..."
@@ -131,11 +133,12 @@ def bench(
         plan = Plan(config, mode_name, dynamic, rounds, seconds, most_difference, budget, began)
         with process_group() as rank:
             ranks = dist.get_world_size()
+            check_same(**choices(config, registry), batches=batches, dynamic=dynamic)
             try:
                 outcome = run(plan, measured.batches, measured.call, progress.stage if rank == 0 else progress.unseen)
             except FusionError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise failed(error) from error
     problems = outcome.problems(fail_below)
     if rank == 0:

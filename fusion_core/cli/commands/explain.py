@@ -14,11 +14,11 @@ import typer
 
 import fusion_core
 from fusion_core.cli.options import Json, Options, Order, Strict, make_config
-from fusion_core.cli.output import print_json
-from fusion_core.cli.process_group import process_group
+from fusion_core.cli.output import check_can_write, print_json
+from fusion_core.cli.process_group import check_same, choices, process_group
 from fusion_core.cli.user_code import as_call, failed, find
 from fusion_core.config import FusionConfig
-from fusion_core.errors import ConfigError
+from fusion_core.errors import ConfigError, FusionError
 from fusion_core.registry import Registry
 from fusion_core.report import Report
 
@@ -44,13 +44,16 @@ def explain(
     one process is there when FUNCTION is called.
     """
     config = make_config(order, strict, options)
+    if html is not None:
+        check_can_write("--html", html)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: the report names them
-        Registry.load(config)  # an order or option that cannot be used is an error before the model is built
+        registry = Registry.load(config)  # an order or option that cannot be used is an error before the model is built
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         build = find(function)
         with process_group() as rank:
+            check_same(**choices(config, registry))
             report = _run(function, build, config)
     if rank:
         return
@@ -68,12 +71,14 @@ def explain(
 def _run(spec: str, build: Callable[[], Any], config: FusionConfig) -> Report:
     try:
         returned = build()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise failed(error) from error
     call = as_call(returned, spec)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fusion_core: backend", RuntimeWarning)
             return fusion_core.explain(call.model, *call.args, config=config, **call.kwargs)
-    except Exception as error:
+    except FusionError:
+        raise
+    except (Exception, SystemExit) as error:
         raise failed(error) from error

@@ -20,16 +20,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fusion_core import plotting
+from fusion_core.cli.launch import launch
 from fusion_core.cli.options import Json, Options, Order, Strict, make_config
-from fusion_core.cli.output import print_json, show
-from fusion_core.cli.process_group import command, process_group
+from fusion_core.cli.process_group import check_same, choices, command, process_group
+from fusion_core.cli.tuned import check_can_keep, finish
 from fusion_core.errors import ConfigError
 from fusion_core.patterns.definition import Pattern
 from fusion_core.registry import Registry
-from fusion_core.report import write_whole
 from fusion_core.tuning.schema import LARGEST
-from fusion_core.tuning.store import save, to_json
 
 if TYPE_CHECKING:
     from fusion_core.tuning.tuner import Tuned
@@ -89,31 +87,30 @@ def tune(
     """
     config = make_config(order, strict, options)
     sizes, counts = numbers("hidden", hidden), numbers("tokens", tokens)
-    if plot is not None:
-        plotting.check_can_save(plot)
-    if output is not None:
-        _check_can_write(output)
+    launched = launch()
+    if launched is None or launched.rank == 0:
+        check_can_keep(output, plot)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: `backends` names them
         registry = Registry.load(config)
     asked = _named(registry, patterns)
     ours = not dist.is_initialized()
-    if ours and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if ours and (launched is None or launched.world_size < 2):
         raise ConfigError(f"this is one process, in which there is nothing to reduce, needs 2 or more; {LAUNCH}")
-    if (
-        ours
-        and torch.cuda.is_available()
-        and (local := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > (gpus := torch.cuda.device_count())
-    ):
-        raise ConfigError(f"there are {local} processes for {gpus} GPUs, needs a GPU for each")
+    if ours and launched and torch.cuda.is_available():
+        local, gpus = launched.local_world_size, torch.cuda.device_count()
+        if local > gpus:
+            raise ConfigError(f"there are {local} processes for {gpus} GPUs, needs a GPU for each")
     faulthandler.dump_traceback_later(budget + PATIENCE, exit=True, file=2)
     try:
         with process_group() as rank:
             began = time.monotonic()
+            asks = {"patterns": patterns, "hidden": hidden, "tokens": tokens, "dtype": dtype.value}
+            check_same(**choices(config, registry), **asks)
             with _stdout_to_stderr():
                 tuned = _measure(registry, asked, sizes, counts, dtype.value, budget, rank)
             if rank == 0:
-                _finish(tuned, output, plot, as_json, time.monotonic() - began)
+                finish(tuned, output, plot, as_json, time.monotonic() - began)
             if ours and torch.cuda.is_available():
                 _leave(0 if tuned.table is not None else 1)
     finally:
@@ -154,13 +151,6 @@ def _named(registry: Registry, text: str | None) -> list[Pattern] | None:
     return [registry.patterns[name] for name in dict.fromkeys(names)]
 
 
-def _check_can_write(path: Path) -> None:
-    """Before, and not behind ten minutes of measuring."""
-    folder = path.resolve().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"--output is {str(path)!r}, needs a file in a folder that exists and can be written")
-
-
 def _measure(
     registry: Registry,
     asked: Sequence[Pattern] | None,
@@ -185,52 +175,6 @@ def _measure(
     chosen = [pattern for pattern in chosen if pattern.name in common]
     with _Progress(len(chosen) * len(hidden) * len(tokens), rank == 0) as progress:
         return run(plan, ranks, clock_for(ranks, device), chosen, hidden, tokens, budget, command(), progress.said)
-
-
-def _finish(tuned: Tuned, output: Path | None, plot: Path | None, as_json: bool, seconds: float) -> None:
-    """Write the table, and print what is in it."""
-    from fusion_core.tuning.crossovers import crossovers, panels
-
-    path = None
-    if tuned.table is not None:
-        path = save(tuned.table) if output is None else output
-        if output is not None:
-            try:
-                write_whole(output, to_json(tuned.table))
-            except OSError as error:
-                raise ConfigError(f"--output {output} cannot be written: {error}") from error
-        if plot is not None:
-            ranks = tuned.table.machine.world_size
-            plotting.save(plot, f"{ranks} × {tuned.table.machine.gpu}", panels(tuned.table))
-    if as_json:
-        print_json(
-            {
-                "path": None if path is None else str(path),
-                "seconds": round(seconds, 1),
-                "table": None if tuned.table is None else tuned.table.to_dict(),
-                "crossovers": [] if tuned.table is None else [each.to_dict() for each in crossovers(tuned.table)],
-                "notes": [
-                    {"pattern": n.pattern, "hidden": n.hidden, "tokens": n.tokens, "path": n.path, "why": n.why}
-                    for n in tuned.notes
-                ],
-            }
-        )
-        return
-    from fusion_core.tuning import text
-
-    if tuned.table is not None:
-        ranks, gpu = tuned.table.machine.world_size, tuned.table.machine.gpu
-        typer.echo(f"the fastest path on {ranks} × {gpu}, microseconds a place at the first and last token count\n")
-        show(text.grid(tuned.table))
-        for drawn in text.drawings(tuned.table, ascii_only=not sys.stdout.isatty()):
-            typer.echo(f"\n{drawn}")
-        typer.echo("")
-    for line in text.notes(tuned.notes):
-        typer.echo(line)
-    if path is None:
-        typer.echo("nothing was measured: no table was written; fusion-core backends says what can be used here")
-    else:
-        typer.echo(f"\n{len(tuned.table.rows) if tuned.table else 0} points in {seconds:.0f} s, written to {path}")
 
 
 @contextlib.contextmanager

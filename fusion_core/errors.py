@@ -17,6 +17,18 @@ class PatternError(FusionError):
     """A pattern or dialect whose definition cannot be used, or a pattern name nobody defined."""
 
 
+def described(error: BaseException) -> str:
+    """An error of foreign code as one line: its type and what it says, where it can say anything."""
+    name = type(error).__name__
+    try:
+        text = " ".join(str(error).split())
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001  # the error itself must still be said
+        text = "its text cannot be had, as its __str__ raises"
+    return f"{name}: {text}" if text else name
+
+
 class RanksDiffer(FusionError):
     """The ranks of a group run different graphs, and one of them may be inside a kernel that pairs with nothing."""
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import Any
 
 import pluggy
 
-from fusion_core import hookspecs
-from fusion_core.errors import BackendError, FusionError
+from fusion_core.declarations import check_fields, check_printable
+from fusion_core.errors import BackendError, FusionError, described
+from fusion_core.hooks import Hooks
 from fusion_core.lifting.dialect import Dialect, Refusal
 from fusion_core.lifting.operands import Earlier
 from fusion_core.patterns import CORE_PATTERNS
@@ -29,11 +29,14 @@ class Backend:
 
     name: str
     plugin: ModuleType | Any
+    hooks: Hooks = field(repr=False, compare=False)
     strategies: tuple[Strategy, ...] = ()
     patterns: tuple[Pattern, ...] = ()
     dialects: tuple[Dialect, ...] = ()
     distribution: str = ""
     """``name version`` of the distribution that its entry point came from."""
+    module: str = ""
+    """The module that its entry point names."""
 
 
 @dataclass(frozen=True)
@@ -45,24 +48,6 @@ class LoadFailure:
 
     def __str__(self) -> str:
         return f"backend {self.backend!r} not loaded: {self.reason}"
-
-
-def call(plugin: Any, hook: str, **arguments: Any) -> Iterator[Any] | tuple[Any, ...]:
-    """One plugin's answer to one hook: asked alone, so that an error has an owner."""
-    implementation = getattr(plugin, hook, None)
-    if implementation is None or not hasattr(implementation, "fusion_core_impl"):
-        return ()
-    accepted = inspect.signature(implementation).parameters
-    answer = implementation(**{name: value for name, value in arguments.items() if name in accepted})
-    return () if answer is None else tuple(answer)
-
-
-def typed(plugin: Any, hook: str, kind: type, **arguments: Any) -> Iterator[Any]:
-    """The same, where it must be objects of one kind."""
-    for item in call(plugin, hook, **arguments):
-        if not isinstance(item, kind):
-            raise BackendError(f"{hook} gave {item!r}, needs {kind.__name__} objects")
-        yield item
 
 
 def load_all(points: list[EntryPoint]) -> tuple[dict[str, Backend], list[LoadFailure]]:
@@ -77,7 +62,9 @@ def load_all(points: list[EntryPoint]) -> tuple[dict[str, Backend], list[LoadFai
     def attempt(name: str, step: Callable[[], None]) -> None:
         try:
             step()
-        except Exception as error:  # noqa: BLE001  # the loader: one broken plugin must never hide the others
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001  # one broken plugin must never hide the others, nor end the process
             loaded.pop(name, None)
             failures.append(LoadFailure(name, _failure(error)))
 
@@ -106,14 +93,12 @@ def _known(loaded: dict[str, Backend]) -> dict[str, Pattern]:
     return {p.name: p for p in CORE_PATTERNS} | {p.name: p for b in loaded.values() for p in b.patterns}
 
 
-def _failure(error: Exception) -> Reason:
+def _failure(error: BaseException) -> Reason:
     if isinstance(error, FusionError):
-        return Reason("declaration", str(error))
+        return Reason("declaration", described(error).removeprefix(f"{type(error).__name__}: "))
     if isinstance(error, pluggy.PluginValidationError):
-        return Reason("hook", " ".join(str(error).split()))
-    if isinstance(error, ImportError):
-        return Reason("import", f"{type(error).__name__}: {error}")
-    return Reason("error", f"{type(error).__name__}: {error}")
+        return Reason("hook", described(error).removeprefix(f"{type(error).__name__}: "))
+    return Reason("import" if isinstance(error, ImportError) else "error", described(error))
 
 
 def _load(name: str, candidates: list[EntryPoint]) -> Backend:
@@ -123,18 +108,21 @@ def _load(name: str, candidates: list[EntryPoint]) -> Backend:
             f"the name is taken by {len(candidates)} entry points, {owners}; needs a name of its own for each"
         )
     point = candidates[0]
+    check_printable("the entry point's name", name)
     plugin = point.load()
-    manager = pluggy.PluginManager("fusion_core")
-    manager.add_hookspecs(hookspecs)
-    manager.register(plugin, name)
-    manager.check_pending()  # a misspelt hook would otherwise be silent
+    hooks = Hooks(plugin, name)
+    strategies = tuple(hooks.items("fusion_strategies", Strategy))
+    for strategy in strategies:
+        check_fields(strategy)
     return Backend(
         name,
         plugin,
-        tuple(typed(plugin, "fusion_strategies", Strategy)),
-        tuple(typed(plugin, "fusion_patterns", Pattern)),
-        tuple(typed(plugin, "fusion_dialects", Dialect)),
+        hooks,
+        strategies,
+        tuple(hooks.items("fusion_patterns", Pattern)),
+        tuple(hooks.items("fusion_dialects", Dialect)),
         _distribution(point),
+        point.module,
     )
 
 
@@ -159,6 +147,7 @@ def _distribution(point: EntryPoint) -> str:
 def _check_patterns(backend: Backend, taken: dict[str, str]) -> None:
     own: dict[str, str] = {}
     for pattern in backend.patterns:
+        check_printable("the name of a pattern", pattern.name)
         if owner := (taken | own).get(pattern.name):
             raise BackendError(f"pattern {pattern.name!r} is defined by {owner!r} already, needs another name")
         own[pattern.name] = backend.name
@@ -184,6 +173,7 @@ def _check_strategies(backend: Backend, patterns: dict[str, Pattern]) -> None:
 
 def _check_readings(backend: Backend, words: dict[str, Operation]) -> None:
     for dialect in backend.dialects:
+        check_printable("the name of a dialect", dialect.name)
         check_dialect(dialect, words)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from fusion_core.config import FusionConfig, check_environment
 from fusion_core.dialects import CORE_DIALECTS
-from fusion_core.errors import BackendError, ConfigError
+from fusion_core.errors import BackendError, ConfigError, described
 from fusion_core.lifting.dialect import Dialect
-from fusion_core.loading import Backend, LoadFailure, call, load_all, typed
+from fusion_core.loading import Backend, LoadFailure, load_all
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import Pattern
 from fusion_core.reason import Reason
@@ -98,9 +98,12 @@ class Registry:
         key = (backend, device)
         if key not in self._available:
             try:
-                reasons = tuple(call(self.backends[backend].plugin, "fusion_available", device=device))
-            except Exception as error:  # noqa: BLE001  # a probe that raises makes its own backend unavailable, and no other
-                reasons = (Reason("probe", f"fusion_available of {backend!r} raised {type(error).__name__}: {error}"),)
+                hooks = self.backends[backend].hooks
+                reasons = tuple(hooks.items("fusion_available", Reason, or_none=True, device=device))
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # noqa: BLE001  # it makes its own backend unavailable, and no other
+                reasons = (Reason("probe", f"fusion_available of {backend!r} raised {described(error)}"),)
             self._available[key] = reasons
         return self._available[key] or self._refused.get(backend, ())
 
@@ -142,23 +145,25 @@ class Registry:
             BackendError: where its hook raises, or gives anything but `Status` objects.
         """
         try:
-            return tuple(typed(self.backends[backend].plugin, "fusion_status", Status, device=device))
-        except Exception as error:
-            raise BackendError(f"fusion_status of {backend!r} raised {type(error).__name__}: {error}") from error
+            hooks = self.backends[backend].hooks
+            return tuple(hooks.items("fusion_status", Status, or_none=True, device=device))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise BackendError(f"fusion_status of {backend!r} raised {described(error)}") from error
 
     def notify(self, report: Any) -> None:
         """Hand a report to every plugin that asked for it; one that raises is named in a warning."""
         for backend in self.backends.values():
             try:
-                call(backend.plugin, "fusion_report", report=report)
-            except Exception as error:
+                backend.hooks.call("fusion_report", report=report)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                found = f"fusion_report of backend {backend.name!r} raised {described(error)}"
                 if self.config.strict:
-                    raise BackendError(f"fusion_report of backend {backend.name!r} raised {error!r}") from error
-                warnings.warn(
-                    f"fusion_core: fusion_report of backend {backend.name!r} raised {error!r}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                    raise BackendError(found) from error
+                warnings.warn(f"fusion_core: {found}", RuntimeWarning, stacklevel=2)
 
 
 def _check_options(config: FusionConfig, loaded: dict[str, Backend], failures: list[LoadFailure]) -> None:

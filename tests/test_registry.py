@@ -1,12 +1,25 @@
 """Backends by entry point: a broken one is named and never hides the others, in either load order."""
 
+import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pytest
 import torch
 
-from fusion_core import BackendError, Device, FusionConfig, Reason, Registry, Report, Status, Strategy, pattern
+from fusion_core import (
+    BackendError,
+    Device,
+    FusionConfig,
+    Reason,
+    Registry,
+    Report,
+    Status,
+    Strategy,
+    Tokens,
+    hookimpl,
+    pattern,
+)
 from fusion_core.vocabulary import add, all_reduce
 from tests.support.graphs import REFERENCE, plugin
 
@@ -47,6 +60,15 @@ def wants_more(x: torch.Tensor, streams: int, *, group: str) -> torch.Tensor:
     return x
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("not even this")
+
+
+def raises_mute() -> Any:
+    raise Mute
+
+
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "a hook that raises": ({"fusion_strategies": lambda: 1 / 0}, "ZeroDivisionError"),
     "a generator that raises half-way": ({"fusion_strategies": half_way}, "cannot open shared object file"),
@@ -78,6 +100,34 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "an option that is no word": (
         {"fusion_strategies": lambda: [Strategy("all_reduce", "acme.one", ran, option="a b")]},
         "has option 'a b', needs a word of letters, digits and underscores",
+    ),
+    "a module without a hook": ({}, "implements no hook, needs a function that is one of"),
+    "a misspelt hook, with the right spelling": (
+        {"fusion_strategy": no_strategies},
+        "did you mean 'fusion_strategies'?",
+    ),
+    "a hook that gives None": ({"fusion_strategies": lambda: None}, "gave None, needs several Strategy objects"),
+    "a hook that ends the process": ({"fusion_strategies": lambda: sys.exit(3)}, "SystemExit: 3"),
+    "an error without a text": ({"fusion_strategies": raises_mute}, "Mute: its text cannot be had"),
+    "a name with an escape": (
+        {"fusion_strategies": lambda: [strategy("acme.\x1b[2J")]},
+        "needs text of printable characters",
+    ),
+    "requirements that are one": (
+        {"fusion_strategies": lambda: [Strategy("all_reduce", "acme.one", ran, requires=Tokens(most=8))]},
+        "needs a tuple of requirements",
+    ),
+    "a requirement that is none": (
+        {"fusion_strategies": lambda: [Strategy("all_reduce", "acme.one", ran, requires=("bfloat16",))]},
+        "has 'bfloat16' among requires",
+    ),
+    "outputs that are one text": (
+        {"fusion_strategies": lambda: [Strategy("all_reduce", "acme.one", ran, outputs="reduced")]},
+        "has outputs 'reduced', needs a tuple of names",
+    ),
+    "a rank that is no number": (
+        {"fusion_strategies": lambda: [Strategy("all_reduce", "acme.one", ran, rank="first")]},
+        "has rank 'first', needs a whole number",
     ),
     "a pattern of core's name": (
         {"fusion_patterns": lambda: [pattern(outputs=("reduced",))(_named("all_reduce"))]},
@@ -282,3 +332,26 @@ def test_vendor_backends_say_why_they_cannot_be_used_on_a_cpu() -> None:
     registry = Registry.load()
     assert "device is cpu, needs an NVIDIA GPU" in str(registry.unavailable("flashinfer", Device("cpu"))[0])
     assert registry.unavailable("aiter", Device("cpu"))
+
+
+def test_a_hook_of_another_name_a_wrapper_and_an_optional_hook_are_called(monkeypatch: Any) -> None:
+    def wrapped() -> Any:
+        return [*(yield), [strategy("acme.two")]]
+
+    point = plugin(
+        monkeypatch,
+        "acme",
+        declared=hookimpl(specname="fusion_strategies")(lambda: [strategy()]),
+        around=hookimpl(wrapper=True, specname="fusion_strategies")(wrapped),
+        later=hookimpl(optionalhook=True, specname="fusion_of_a_later_release")(lambda: None),
+    )
+    registry = Registry.of([point], FusionConfig())
+    assert {each.name for each in registry.backends["acme"].strategies} == {"acme.one", "acme.two"}
+
+
+def test_ctrl_c_while_a_plugin_loads_is_no_failure_of_the_plugin(monkeypatch: Any) -> None:
+    def interrupted() -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Registry.of([plugin(monkeypatch, "acme", fusion_strategies=interrupted)], FusionConfig())

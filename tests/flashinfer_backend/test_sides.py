@@ -100,7 +100,8 @@ def test_the_backend_itself_brings_no_test_library():
 def test_a_testing_module_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
     package = tmp_path / "fusion_broken_sides"
     package.mkdir()
-    (package / "__init__.py").write_text("")
+    hook = "import fusion_core\n\n\n@fusion_core.hookimpl\ndef fusion_strategies():\n    return []\n"
+    (package / "__init__.py").write_text(hook)
     (package / "testing.py").write_text("import nowhere_at_all\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
@@ -110,5 +111,5 @@ def test_a_testing_module_that_cannot_be_imported_is_named(tmp_path, monkeypatch
 
 
 def test_a_plugin_without_one_is_as_before(monkeypatch):
-    point = plugin(monkeypatch, "plain")
+    point = plugin(monkeypatch, "plain", fusion_strategies=lambda: ())
     assert "plain" in subject.load("plain", point.value).backends

@@ -22,6 +22,34 @@ RUN_TIME = "run_time_size"
 """The code of a refusal because of a size that is known only at run time."""
 
 
+FAILED = "requirement"
+"""The code of a refusal because a requirement raised, or gave what is no answer."""
+
+
+def answered(requirement: Requirement, site: Site) -> Reason | None:
+    """Why a site does not meet a requirement. Its code is a plugin's: that it raised is a reason too."""
+    try:
+        found: object = requirement.unmet(site)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  # sys.exit of a plugin too
+        words = shown(error)
+        what = f"requirement '{shown(requirement)}' raised {type(error).__name__}{words and f': {words}'}"
+        return Reason(FAILED, what, "a Reason or None at any site")
+    if found is None or isinstance(found, Reason):
+        return found
+    what = f"requirement '{shown(requirement)}' gave {type(found).__name__} {shown(found)!r}"
+    return Reason(FAILED, what, "a Reason or None at any site")
+
+
+def shown(value: object) -> str:
+    """``str()`` of a plugin's object, the name of its type where that raises."""
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001  # a plugin's own code
+        return type(value).__name__
+
+
 class When(Enum):
     """When a requirement is answered."""
 
@@ -48,14 +76,11 @@ class Answer:
 def ask(requirement: Requirement, site: Site) -> Answer:
     """Ask a requirement of a site, which may have sizes that are known only at run time."""
     if not has_run_time_sizes(site):
-        return Answer(When.NOW, requirement.unmet(site))
+        return Answer(When.NOW, answered(requirement, site))
     asked = ahead(site)
     watched, watch = asked.watched()
-    try:
-        reason = requirement.unmet(watched)
-    except Exception:
-        if not watch.looked:
-            raise
+    reason = answered(requirement, watched)
+    if watch.looked and reason is not None and reason.code == FAILED:  # as it does where it compares an unknown size
         reason = None
     if reason is not None or not watch.looked:
         return Answer(When.NOW, reason)
@@ -73,7 +98,7 @@ def _changes(requirement: Requirement, site: Site) -> tuple[int, ...] | None:
 def _undetermined(requirement: Requirement, asked: Ahead, watch: Watch) -> Reason | None:
     """Why what a requirement looked at does not follow from the token count of a call; None where it does."""
     looked = watch.symbols | (asked.leading if watch.tokens else set())
-    found = f"{requirement} depends on a size that is known only at run time"
+    found = f"{shown(requirement)} depends on a size that is known only at run time"
     if looked & asked.unbacked:
         hint = "fusion_core.Tokens(most=..., least=...) states a limit on the token count for such graphs"
         return Reason(RUN_TIME, f"{found}, from data", "a size that the graph's inputs have", hint=hint)
@@ -89,10 +114,7 @@ def _undetermined(requirement: Requirement, asked: Ahead, watch: Watch) -> Reaso
 def looks_at_tokens(requirement: Requirement, site: Site) -> bool:
     """Whether the answer may be another for another number of tokens."""
     watched, watch = ahead(any_tokens(site)).watched()
-    try:
-        requirement.unmet(watched)
-    except Exception:  # noqa: BLE001  # a plugin's: what it looked at counts, not what came of it
-        return watch.looked
+    answered(requirement, watched)  # what it looked at counts, not what came of it
     return watch.looked
 
 
@@ -124,5 +146,7 @@ class Terms:
 
     def unmet(self, site: Site) -> tuple[Reason, ...]:
         """Every reason at a site of fixed size, without those that each call has to ask."""
-        found = (each.unmet(site) if answer.when is When.BY_COUNT else answer.reason for each, answer in self._answers)
+        found = (
+            answered(each, site) if answer.when is When.BY_COUNT else answer.reason for each, answer in self._answers
+        )
         return tuple(reason for reason in found if reason is not None)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from fusion_core.asking import FAILED, answered
 from fusion_core.paths import Path
-from fusion_core.reason import Reason
 from fusion_core.requirements import Requirement
 from fusion_core.run_time import fell_back
 from fusion_core.run_time_site import of_data
@@ -43,12 +44,11 @@ class Preferences:
     def _met(self, path: Path, asks: Sequence[Requirement], site: Site) -> bool:
         """Whether a call meets what a path asks. One that cannot be asked is not met, and the report says so."""
         for requirement in asks:
-            try:
-                if requirement.unmet(site) is not None:
-                    return False
-            except Exception as error:  # noqa: BLE001  # whatever a plugin raises: the place runs without it
+            reason = answered(requirement, site)
+            if reason is not None and reason.code == FAILED:
                 assert path.strategy is not None
-                found = f"{requirement}, asked of {site.inputs['x']}, raised {type(error).__name__}: {error}"
-                fell_back(path.strategy.name, self._group, Reason("requirement", found, "an answer"))
+                found = f"asked of {site.inputs['x']}: {reason.found}"
+                fell_back(path.strategy.name, self._group, replace(reason, found=found))
+            if reason is not None:
                 return False
         return True

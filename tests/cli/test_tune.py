@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,42 @@ def test_json(run, measured, tmp_path):
     assert answer["path"] == str(tmp_path / "mine.json")
     assert read(tmp_path / "mine.json") == RECORDED
     assert not (tmp_path / "fusion_core").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_disk_that_is_full_when_it_is_done(run, measured, monkeypatch, tmp_path, options):
+    """The old table stays whole, and what took ten minutes is printed all the same."""
+    path = tmp_path / "mine.json"
+    path.write_text("the old table")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def measure(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
+        return measured["tuned"]
+
+    monkeypatch.setattr(tune, "_measure", measure)
+    try:
+        result = run("tune", "--output", str(path), *options, status=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.stderr.splitlines()[-1].startswith(f"fusion-core: --output {path} cannot be written: [Errno 27]")
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_text() == "the old table"
+    if options:
+        answer = json.loads(result.stdout)
+        assert answer["path"] is None
+        assert answer["table"] == RECORDED.to_dict()
+    else:
+        assert "the fastest path on 4 × NVIDIA H200" in result.stdout
+        assert "written to" not in result.stdout
+        assert "nothing was measured" not in result.stdout
+
+
+def test_ranks_are_to_have_the_same_choices_and_sizes(run, measured):
+    run("tune", "--order", "reference", "--hidden", "64")
+    assert measured["facts"]["order"] == ("reference",)
+    assert measured["facts"]["backends"].startswith("reference (fusion-core")
+    assert measured["facts"]["hidden"] == "64"
 
 
 def test_plot(run, measured, tmp_path):

@@ -35,6 +35,7 @@ def raises_when_timed(x, *, group):
 
 _timed = []
 _exits = []
+_fallen = []
 
 
 def raises_in_a_later_repetition(x, *, group):
@@ -64,6 +65,14 @@ def not_a_number_on_rank_1(x, *, group):
 def falls_back(x, *, group):
     if dist.get_rank() == 1:
         fell_back("acme.falls_back", group, Reason("workspace", "no memory is left", "64 MiB"))
+    return right(x, group=group)
+
+
+def falls_back_when_timed(x, *, group):
+    """On rank 1 alone, when it has been recorded."""
+    _fallen.append(group)
+    if dist.get_rank() == 1 and len(_fallen) > 1 + 5:
+        fell_back("acme.falls_back_when_timed", group, Reason("workspace", "it is gone", "64 MiB"))
     return right(x, group=group)
 
 
@@ -99,6 +108,7 @@ def fusion_strategies():
         sums_nothing,
         not_a_number_on_rank_1,
         falls_back,
+        falls_back_when_timed,
     ):
         yield Strategy("all_reduce", f"acme.{impl.__name__}", impl)
     yield Strategy("all_reduce", "acme.only_on_rank_0", right, requires=(RankZero(),))

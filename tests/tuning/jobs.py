@@ -55,6 +55,7 @@ def measured(pattern, hidden, tokens, without=(), order=("acme",), dtype=DTYPE):
     acme._calls.clear()
     acme._timed.clear()
     acme._exits.clear()
+    acme._fallen.clear()
     ranks, plan = _plan(order, dtype)
     clock = Clock(ranks)
     found = Bench(plan, ranks, clock, tokens).measure(plan.registry.patterns[pattern], hidden, tokens, without)
@@ -68,6 +69,21 @@ def flushed():
     clock.times = lambda runs, size: (dict.fromkeys(runs, 1.0), {})
     Bench(plan, ranks, clock, 4).measure(plan.registry.patterns["all_reduce"], 64, 4)
     return clock.flushed, clock.recorded * clock.sites(64 * 4 * 4)
+
+
+def measured_where_a_run_fails(name):
+    """A point of which this run, on rank 1, does not run to the end while it is timed."""
+    ranks, plan = _plan()
+    clock = Clock(ranks)
+    whole = clock.times
+
+    def raises():
+        raise RuntimeError("the device is lost")
+
+    clock.times = lambda runs, size: whole({**runs, name: raises if ranks.rank == 1 else runs[name]}, size)
+    without = [f"acme.{each.__name__}" for each in (acme.raises_in_a_later_repetition, acme.exits_when_timed)]
+    found = Bench(plan, ranks, clock, 4).measure(plan.registry.patterns["all_reduce"], 64, 4, without)
+    return found.us, found.notes
 
 
 def measured_where_memory_is_short():

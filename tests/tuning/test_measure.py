@@ -48,6 +48,7 @@ def test_all_ranks_come_to_the_same_figures(bare):
         ("sums_nothing", "its results differ from the unfused path's by "),
         ("not_a_number_on_rank_1", "its results differ from the unfused path's by inf of their magnitude"),
         ("falls_back", "rank 1: RuntimeError: it runs unfused: no memory is left, needs 64 MiB"),
+        ("falls_back_when_timed", "rank 1: RuntimeError: it runs unfused: it is gone, needs 64 MiB"),
         ("only_on_rank_0", "rank 1: this is another rank, needs rank 0"),
     ],
 )
@@ -70,6 +71,12 @@ def test_what_is_dropped_is_not_run(ranks):
     without = ["acme.sums_nothing", "acme.raises_on_rank_1"]
     for _, notes, *_ in ranks.run(jobs.measured, "all_reduce", 64, 8, without):
         assert not {*without} & notes.keys()
+
+
+def test_where_the_producer_alone_fails_while_it_is_timed_the_point_has_no_figures(ranks):
+    for us, notes in ranks.run(jobs.measured_where_a_run_fails, "producer"):
+        assert us == {}
+        assert notes["unfused"] == "rank 1: RuntimeError: the device is lost"
 
 
 def test_where_memory_is_short_on_one_rank_nothing_is_begun(ranks):

@@ -111,7 +111,7 @@ class Result:
             return f"not as it should be: {'; '.join(self.problems)}"
         return (
             f"as it should be: {self.fused.fused} of {self.needed} all_reduces recognised, "
-            "no farther from float64 than unfused, the same collectives"
+            f"at most {TOLERANCE} times as far from float64 as unfused, the same collectives"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -142,7 +142,7 @@ PROCESSES = (
     _row("stdout is closed", ">&-", 2, "stdout is closed, needs", True, shell="$FUSION_CORE patterns >&-"),
     _row("stderr is closed", "2>&-", 0, "", True, shell="$FUSION_CORE patterns 2>&- > /dev/null"),
     _row("the help into a closed pipe", "--help | true", 141, "stdout was closed", True, shell="set -o pipefail; $FUSION_CORE --help | true"),
-    _row("ASCII alone", "PYTHONIOENCODING=ascii", 0, "", True, shell="PYTHONIOENCODING=ascii $FUSION_CORE patterns --support > /dev/null"),
+    _row("ASCII alone", "PYTHONIOENCODING=ascii, and a user's module that prints more", 0, "", True, shell="PYTHONIOENCODING=ascii $FUSION_CORE explain u.py:build > /dev/null", files={"u.py": f"print('\\xd7')\n{MODEL}"}),
     _row("Latin 1", "a locale that lacks characters", 0, "", True, shell="PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 LC_ALL=C $FUSION_CORE backends > /dev/null"),
     _row("a narrow terminal", "COLUMNS=1", 0, "", True, shell="COLUMNS=1 LINES=1 TERM=dumb FORCE_COLOR=1 $FUSION_CORE backends > /dev/null"),
     _row("Ctrl-C in the demo", "SIGINT while the ranks start", 130, "2 workers ended", True, args=("demo", "--layers", "1"), interrupted=True),

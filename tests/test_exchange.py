@@ -161,6 +161,7 @@ LOADED = {
         ({**FACTS, "backends": {"a": LOADED, "b": {"failure": "no"}}}, ""),
         (None, "is NoneType, needs names with values"),
         ({**FACTS, "torch": 2}, "torch is int, needs text"),
+        ({name: value for name, value in FACTS.items() if name != "config"}, "config is missing"),
         ({**FACTS, "table": [None]}, "table has 1 values, needs 2"),
         ({**FACTS, "table": [3, ""]}, "table is int, needs text"),
         ({**FACTS, "backends": {"b": {"failure": 1}}}, "backends b: failure is int, needs text"),

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from fusion_core.errors import described
 from fusion_core.reason import Reason
 from fusion_core.requirements import Requirement
 from fusion_core.run_time_site import Ahead, ahead, any_tokens, has_run_time_sizes
@@ -84,15 +85,32 @@ def ask(requirement: Requirement, site: Site) -> Answer:
         reason = None
     if reason is not None or not watch.looked:
         return Answer(When.NOW, reason)
-    if site.tokens is None and (changes := _changes(requirement, site)) is not None:
+    changes = _changes(requirement, site) if site.tokens is None else None
+    if isinstance(changes, Reason):
+        return Answer(When.NOW, changes)
+    if changes is not None:
         return Answer(When.BY_COUNT, changes=changes)
     unknown = _undetermined(requirement, asked, watch)
     return Answer(When.EACH_CALL) if unknown is None else Answer(When.NOW, unknown)
 
 
-def _changes(requirement: Requirement, site: Site) -> tuple[int, ...] | None:
+def _changes(requirement: Requirement, site: Site) -> tuple[int, ...] | Reason | None:
+    """Token counts at which the answer may change; a reason where the plugin's code raises, or gives something else."""
     changes_at = getattr(requirement, "changes_at", None)
-    return None if changes_at is None else changes_at(site)
+    if changes_at is None:
+        return None
+    try:
+        found = changes_at(site)
+        counts = None if found is None else tuple(found)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  # sys.exit of a plugin too
+        what = f"changes_at of requirement '{shown(requirement)}' raised {described(error)}"
+        return Reason(FAILED, what, "token counts or None")
+    if counts is None or all(type(count) is int for count in counts):
+        return counts
+    what = f"changes_at of requirement '{shown(requirement)}' gave {shown(found)}"
+    return Reason(FAILED, what, "token counts or None")
 
 
 def _undetermined(requirement: Requirement, asked: Ahead, watch: Watch) -> Reason | None:

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from fusion_core.by_tokens import guarded, is_guarded
 from fusion_core.config import FusionConfig
 from fusion_core.decide import Candidate
 from fusion_core.dialects.c10d_functional import COALESCED
+from fusion_core.errors import described
+from fusion_core.inserting import Inserter
 from fusion_core.lifting.meaning import same_shape, same_size, shape_of
 from fusion_core.lifting.term import held_by, nodes_of
 from fusion_core.lifting.view import LiftedGraph
-from fusion_core.pairing import PROVENANCE, SITE, is_collective, is_plain, seal
+from fusion_core.pairing import SITE, is_collective, is_plain, seal
 from fusion_core.reason import Reason
 from fusion_core.site import TensorMeta, dtype_name
 from fusion_core.strategy import Strategy
@@ -120,19 +121,30 @@ class Emitter:
         self._taken |= dict.fromkeys(found.erased, found.anchor.name)
 
     def apply(self, plan: Plan) -> None:
-        """Change the graph as planned: the strategy's operators in, every node of the site out."""
+        """Change the graph as planned: the strategy's operators in, every node of the site out.
+
+        Raises:
+            Unplaceable: where an operator of the strategy raises when it is put in; the graph is then as it was.
+        """
         found, place = plan.candidate.match, plan.place
+        before = [(node, node.prev) for node in plan.hoisted]
         for node in plan.hoisted:
             place.append(node)
             place = node
         insert = Inserter(self.graph, self.view.position, place, found.erased[-1], plan.candidate.strategy.name)
         insert.meta[SITE] = found.anchor.name
-        tensors = []
-        for name, nodes in plan.inputs.items():
-            if name in plan.reshapes:
-                nodes = tuple(insert(torch.ops.aten.reshape.default, (node, plan.reshapes[name])) for node in nodes)
-            tensors.append(nodes[0] if len(nodes) == 1 else insert(torch.ops.aten.add.Tensor, nodes))
-        outputs = dict(zip(found.outputs, insert.copy(plan.traced, tensors), strict=True))
+        try:
+            copied = insert.copy(plan.traced, self._tensors(plan, insert))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            # a plugin's fake ran once more; nothing uses its nodes yet
+            insert.undo()
+            for node, previous in before:
+                previous.append(node)
+            text = f"placing {plan.candidate.strategy.name} raised {described(error)}"
+            raise Unplaceable(Reason("trace", text, "an impl that runs on fake tensors each time")) from error
+        outputs = dict(zip(found.outputs, copied, strict=True))
         for old, name in found.holders.items():
             new = outputs[name]
             if (dtype := old.meta["val"].dtype) != new.meta["val"].dtype:
@@ -148,6 +160,16 @@ class Emitter:
         for node in coalesced:
             self._drop_parts(node)
         self._sweep(left - coalesced)
+
+    @staticmethod
+    def _tensors(plan: Plan, insert: Inserter) -> list[fx.Node]:
+        """The strategy's tensors, as nodes of the form that it takes."""
+        tensors = []
+        for name, nodes in plan.inputs.items():
+            if name in plan.reshapes:
+                nodes = tuple(insert(torch.ops.aten.reshape.default, (node, plan.reshapes[name])) for node in nodes)
+            tensors.append(nodes[0] if len(nodes) == 1 else insert(torch.ops.aten.add.Tensor, nodes))
+        return tensors
 
     def _drop_parts(self, node: fx.Node) -> None:
         """Take out of a coalesced collective what nothing uses any more."""
@@ -264,66 +286,3 @@ def _in_bytes(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """One-byte values as the integers in which a site holds their bytes: four E4M3 scales to an int32, for one."""
     holds_bytes = value.dtype.itemsize == 1 and dtype in (torch.uint8, torch.int32) and value.dtype != dtype
     return value.view(dtype) if holds_bytes and same_size(value.shape[-1] % dtype.itemsize, 0) else value
-
-
-def _allocates(target: Any) -> bool:
-    """Whether an operator's result is memory of its own: later passes compare memory to see what may be reused."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
-        return False
-    returns = target._schema.returns
-    return len(returns) == 1 and returns[0].alias_info is None and target not in _MAY_ALIAS
-
-
-_MAY_ALIAS = (torch.ops.aten.reshape.default, torch.ops.aten._to_copy.default, torch.ops.aten.contiguous.default)
-
-
-def _another(like: FakeTensor) -> FakeTensor:
-    """A fake tensor of the same form with memory of its own; some ten times cheaper than to run the operator."""
-    with unset_fake_temporarily():  # Inductor runs passes under a fake mode, which would take this for an operator
-        memory = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
-        return FakeTensor(like.fake_mode, memory, like.device)
-
-
-class Inserter:
-    """Inserts nodes one behind another, with the metadata that later passes read."""
-
-    def __init__(
-        self, graph: fx.Graph, position: dict[fx.Node, int], place: fx.Node, source: fx.Node, strategy: str
-    ) -> None:
-        self.graph = graph
-        self.position = position
-        self.place = place
-        self.fake_mode = source.meta["val"].fake_mode
-        inherited = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "seq_nr")
-        self.meta = {key: source.meta[key] for key in inherited if key in source.meta} | {PROVENANCE: strategy}
-
-    def __call__(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, like: Any = None
-    ) -> fx.Node:
-        """Insert one operator. ``like`` is what it gives, where that is known from an equal site."""
-        kwargs = kwargs or {}
-        with self.graph.inserting_after(self.place):
-            node = self.graph.call_function(target, args, kwargs)
-        if isinstance(like, FakeTensor) and _allocates(target):
-            value = _another(like)
-        else:
-            values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-            with self.fake_mode:
-                value = target(*values, **keywords)
-        node.meta |= {**self.meta, "val": value}
-        # as late as the node before it: enough to compare with nodes that were there from the start
-        self.position[node] = self.position[self.place]
-        self.place = node
-        return node
-
-    def copy(self, traced: fx.GraphModule, inputs: list[fx.Node]) -> list[fx.Node]:
-        """A traced strategy, node for node, on the graph's own inputs; what it returns."""
-        copied: dict[fx.Node, fx.Node] = {}
-        remaining = iter(inputs)
-        for node in traced.graph.nodes:
-            if node.op == "placeholder":
-                copied[node] = next(remaining)
-            elif node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, node.kwargs), copied.__getitem__)
-                copied[node] = self(node.target, args, kwargs, node.meta.get("val"))
-        return [copied[node] for node in returned(traced)]

@@ -1,4 +1,10 @@
-"""Every error that fusion_core raises on purpose."""
+"""Every error that fusion_core raises on purpose, and the words for those of foreign code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+ORDER = "FUSION_CORE_ORDER"
 
 
 class FusionError(Exception):
@@ -27,6 +33,23 @@ def described(error: BaseException) -> str:
     except BaseException:  # noqa: BLE001  # the error itself must still be said
         text = "its text cannot be had, as its __str__ raises"
     return f"{name}: {text}" if text else name
+
+
+def shown(value: object, text: Callable[[object], str] = repr) -> str:
+    """A value of foreign code in words, whatever its ``__repr__`` or ``__str__`` does."""
+    try:
+        return text(value)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001  # it is named in a message all the same
+        return f"an object of type {type(value).__name__}"
+
+
+def blame(error: BaseException, strategy: str, place: str) -> None:
+    """Note on an error of a kernel which strategy it came from, where, and the way around it."""
+    backend = strategy.partition(".")[0]
+    way = f"{ORDER} names the backends to use, and {ORDER}=none uses none"
+    error.add_note(f"fusion_core ran {strategy} at {place}; the way around {backend}: {way}")
 
 
 class RanksDiffer(FusionError):

@@ -15,6 +15,7 @@ from torch import fx
 
 from fusion_core import history
 from fusion_core._inductor import CustomGraphPass, decompositions
+from fusion_core.asking import FAILED
 from fusion_core.common_ground import Common, agree, known, so_far, will_ask
 from fusion_core.config import DETERMINISTIC, FusionConfig
 from fusion_core.decide import Decision, Verdict, judge
@@ -123,6 +124,7 @@ class FusionPass(CustomGraphPass):
             group = term.operands["group"]
             usable = common.registry(self.registry, group) if isinstance(group, str) else self.registry
             verdicts.append((anchor, judge(view, anchor, term, usable)))
+        self._say_broken(verdict for _, verdict in verdicts)
         left = len(verdicts) if left is None else left
         sites = []
         shared: dict[tuple[Decision, ...], tuple[Decision, ...]] = {}  # a model's layers are mostly alike
@@ -132,6 +134,15 @@ class FusionPass(CustomGraphPass):
             sites.append(replace(site, decisions=shared.setdefault(site.decisions, site.decisions)))
         emitter.seal()
         return self._report(tuple(sites), merges, device, common.reasons(groups), *self._tables(groups, common, device))
+
+    def _say_broken(self, verdicts: Iterable[Verdict]) -> None:
+        """Name the strategies whose requirements raise, or answer what is no reason."""
+        decisions = [decision for verdict in verdicts for decision in verdict.decisions]
+        broken = [f"{d.strategy}: {reason}" for d in decisions for reason in d.reasons if reason.code == FAILED]
+        for found in dict.fromkeys(broken):
+            if self.config.strict:
+                raise BackendError(found)
+            warnings.warn(f"fusion_core: {found}", RuntimeWarning, stacklevel=3)
 
     def _settle(self, anchor: fx.Node, verdict: Verdict, emitter: Emitter, may_rewrite: bool) -> SiteReport:
         """Rewrite one site by the first candidate that can be placed; what became of every strategy."""
@@ -151,12 +162,12 @@ class FusionPass(CustomGraphPass):
             else:
                 try:
                     plan = emitter.plan(candidate)
+                    if not self.dry_run:
+                        emitter.apply(plan)
                 except Unplaceable as error:
                     outcome |= dict.fromkeys(names, (Stage.REPLACEMENT, (error.reason,)))
                     continue
                 emitter.claim(plan)
-                if not self.dry_run:
-                    emitter.apply(plan)
                 chosen = candidate
         decisions = tuple(
             Decision(d.pattern, d.strategy, *outcome[d.strategy]) if d.strategy in outcome else d

@@ -11,9 +11,10 @@ from typing import Any
 import pluggy
 
 from fusion_core import hookspecs
-from fusion_core.errors import BackendError
+from fusion_core.errors import BackendError, shown
 
 PROJECT = "fusion_core"
+PREFIX = "fusion_"
 HOOKS = tuple(sorted(name for name, value in vars(hookspecs).items() if hasattr(value, f"{PROJECT}_spec")))
 """The names of all hooks."""
 
@@ -65,10 +66,10 @@ class Hooks:
             if answer is None and or_none:
                 continue
             if answer is None or isinstance(answer, str | bytes) or not hasattr(answer, "__iter__"):
-                raise BackendError(f"{hook} gave {_shown(answer)}, needs several {kind.__name__} objects, as a list")
+                raise BackendError(f"{hook} gave {shown(answer)}, needs several {kind.__name__} objects, as a list")
             for item in answer:
                 if not isinstance(item, kind):
-                    raise BackendError(f"{hook} gave {_shown(item)}, needs {kind.__name__} objects")
+                    raise BackendError(f"{hook} gave {shown(item)}, needs {kind.__name__} objects")
                 yield item
 
 
@@ -79,8 +80,10 @@ def _check_names(manager: pluggy.PluginManager) -> None:
             continue
         for found in caller.get_hookimpls():
             if not found.optionalhook:
-                near = difflib.get_close_matches(name, HOOKS, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                near = difflib.get_close_matches(
+                    name.removeprefix(PREFIX), [each.removeprefix(PREFIX) for each in HOOKS], 1
+                )
+                hint = f"; did you mean {PREFIX + near[0]!r}?" if near else ""
                 raise BackendError(f"unknown hook {name!r}, needs one of {', '.join(HOOKS)}{hint}")
 
 
@@ -95,13 +98,3 @@ def _check_marks(plugin: ModuleType | Any) -> None:
 
 def _named(plugin: Any) -> str:
     return str(getattr(plugin, "__name__", type(plugin).__qualname__))
-
-
-def _shown(value: Any) -> str:
-    """A value of a plugin in words, whatever its ``__repr__`` does."""
-    try:
-        return repr(value)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # noqa: BLE001  # it is named in an error all the same
-        return f"an object of type {type(value).__name__}"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_core.emit import Inserter
+from fusion_core.inserting import Inserter
 from fusion_core.lifting.collectives import all_reduces
 from fusion_core.lifting.meaning import dtype_of, same_shape, same_size, shape_of
 from fusion_core.lifting.readings import Readings

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fusion_core.common_ground import agree
 from fusion_core.config import FusionConfig
 from fusion_core.decide import Usable, best_first, weigh
-from fusion_core.errors import BackendError, ConfigError
+from fusion_core.errors import BackendError, ConfigError, blame
 from fusion_core.figures import figure
 from fusion_core.groups import group_name, resolved, world_size
 from fusion_core.kernel_calls import Calls, calls_of
@@ -60,7 +60,11 @@ def eager(pattern: Pattern) -> Callable[..., Any]:
             tensors = {key: bound[key] for key in pattern.tensors}
             if GROUP in accepted:
                 scalars[GROUP] = name
-            given = strategy.impl(**tensors, **scalars, **strategy.settings(pattern, config))
+            try:
+                given = strategy.impl(**tensors, **scalars, **strategy.settings(pattern, config))
+            except BaseException as error:
+                blame(error, strategy.name, f"fusion_core.ops.{pattern.name} of {tuple(bound['x'].shape)}")
+                raise
             names = strategy.outputs or pattern.outputs
         results = dict(zip(names, given if isinstance(given, tuple | list) else (given,), strict=True))
         return results[wanted[0]] if len(wanted) == 1 else tuple(results[each] for each in wanted)

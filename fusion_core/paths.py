@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusion_core import _inductor
+from fusion_core.errors import blame
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.per_group import capturing, outside
 from fusion_core.strategy import Strategy
@@ -185,11 +186,19 @@ class Path:
         if not self._whole:
             if self._impl is _all_reduce_in_place and (not x.is_contiguous() or _shares_memory(x, others)):
                 x = x.clone(memory_format=torch.contiguous_format)
-            given = self._impl(x, **self._constants)
-            return self.rest(given, others)
-        given = self._impl(x, **dict(zip(self.place.names, others, strict=True)), **self._constants)
+            return self.rest(self._kernel(x, {}), others)
+        given = self._kernel(x, dict(zip(self.place.names, others, strict=True)))
         results = given if isinstance(given, tuple | list) else (given,)
         return tuple(results[index] for index in self._wanted)
+
+    def _kernel(self, x: Tensor, others: Mapping[str, Tensor]) -> Any:
+        try:
+            return self._impl(x, **others, **self._constants)
+        except BaseException as error:
+            if self.strategy is not None:
+                where = f"{self.place.pattern.name} of {tuple(x.shape)} in group {self.place.group!r}"
+                blame(error, self.strategy.name, where)
+            raise
 
 
 def _shares_memory(x: Tensor, others: Sequence[Tensor]) -> bool:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusion_core.config import FusionConfig
-from fusion_core.errors import FusionError
+from fusion_core.errors import FusionError, described, shown
 from fusion_core.lifting.term import held_by
 from fusion_core.match import Match
 from fusion_core.patterns.definition import GROUP
@@ -70,15 +70,23 @@ def trace(
     try:
         with torch.no_grad(), fake_mode(tensors.values()):
             traced: fx.GraphModule = make_fx(run, dict(decompositions))(*tensors.values())
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         # a plugin's code ran: whatever it raised becomes the reason at this site, and other sites go on
-        text = f"tracing {strategy.name} raised {type(error).__name__}: {error}"
+        text = f"tracing {strategy.name} raised {described(error)}"
         raise Unplaceable(Reason("trace", text, "an impl that runs on fake tensors")) from error
     traced.graph.eliminate_dead_code()
+    if wrong := next((each for each in returned(traced) if not _is_tensor(each)), None):
+        raise Unplaceable(Reason("trace", f"{strategy.name} returns {shown(wrong)}", "tensors"))
     if held := next((node for node in traced.graph.nodes if node.op == "get_attr"), None):
         text = f"{strategy.name} holds a tensor of its own ({held.target})"
         raise Unplaceable(Reason("trace", text, "tensors that come in as arguments"))
     return traced
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
 def returned(traced: fx.GraphModule) -> list[fx.Node]:

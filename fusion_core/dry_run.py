@@ -1,4 +1,4 @@
-"""A dry run: every decision, no change."""
+"""A dry run: every decision, and every rewrite in a copy of the graph."""
 
 from __future__ import annotations
 
@@ -17,17 +17,28 @@ from fusion_core.fusion_pass import FusionPass
 from fusion_core.report import Report
 
 
-def explain(model: Callable[..., Any], *args: Any, config: FusionConfig | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    config: FusionConfig | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> Report:
     """What fusion would do to a model, without doing it.
 
     The model is captured as ``torch.compile`` would capture it, up to Inductor's post-grad passes, and runs once,
-    unfused and without code generation; under tensor parallelism every rank must call this. A model that compiles to
-    several graphs gets one report over all of them.
+    unfused and without code generation; under tensor parallelism every rank must call this. Each strategy is traced and
+    placed in a copy of the graph, so that one which cannot be placed is not named. A model that compiles to several
+    graphs gets one report over all of them.
+
+    Gradients, inference mode and autocast are those around the call, as for ``torch.compile``.
 
     Args:
         model: A module or function; of a compiled module, the module itself is taken.
         *args: Its arguments.
         config: Which backends may run, and how.
+        dynamic: As for ``torch.compile``. None captures these sizes, but those that `torch._dynamo.mark_dynamic` names,
+            as a first call does; True makes every size a symbol, as a call with other sizes may later do; False none.
         **kwargs: Its keyword arguments.
 
     Returns:
@@ -39,7 +50,7 @@ def explain(model: Callable[..., Any], *args: Any, config: FusionConfig | None =
     def look(graph: torch.fx.Graph) -> None:
         found.append(fusion_pass.run(graph))
 
-    compiled = torch.compile(_fresh(_call), backend=_inductor.post_grad_only(_Look(look)))
+    compiled = torch.compile(_fresh(_call), backend=_inductor.post_grad_only(_Look(look)), dynamic=dynamic)
     # whatever was compiled before, this is captured now: past its limits Dynamo would run it eagerly, in silence
     with torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
         compiled(getattr(model, "_orig_mod", model), args, kwargs)

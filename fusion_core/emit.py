@@ -115,11 +115,6 @@ class Emitter:
         """Once every site is placed: tell the kernels among which collectives they are."""
         seal(self.graph)
 
-    def claim(self, plan: Plan) -> None:
-        """Keep the nodes of a planned site from other sites."""
-        found = plan.candidate.match
-        self._taken |= dict.fromkeys(found.erased, found.anchor.name)
-
     def apply(self, plan: Plan) -> None:
         """Change the graph as planned: the strategy's operators in, every node of the site out.
 
@@ -153,6 +148,7 @@ class Emitter:
                 new = insert(torch.ops.aten.reshape.default, (new, plan.views[old]))
             old.replace_all_uses_with(new)
             self._replaced[old] = new
+        self._taken |= dict.fromkeys(found.erased, found.anchor.name)
         left = {n for node in found.erased for n in node.all_input_nodes} - set(found.erased)
         for node in reversed(found.erased):
             self.graph.erase_node(node)

@@ -47,7 +47,7 @@ class FusionPass(CustomGraphPass):
     Args:
         config: Which backends may run, and how; None for the defaults.
         registry: Backends that are loaded already; None to load them by their entry points.
-        dry_run: Decide and report, and leave every graph as it is.
+        dry_run: Decide and report, and leave every graph as it is: a copy is rewritten.
 
     Raises:
         BackendError: where ``config.order`` names a backend that does not load, ``config.options`` an option that no
@@ -97,7 +97,7 @@ class FusionPass(CustomGraphPass):
         self.registry.notify(report)
 
     def run(self, graph: fx.Graph) -> Report:
-        """Rewrite the chosen sites of a graph and return the report."""
+        """Rewrite the chosen sites of a graph, in a dry run of a copy of it, and return the report."""
         device = _device(graph)
         readings = Readings(self.registry.dialects)
         if not has_all_reduce(graph, readings):
@@ -105,13 +105,13 @@ class FusionPass(CustomGraphPass):
         named = [term.operands["group"] for _, term in all_reduces(graph, readings)]
         groups = [group for group in dict.fromkeys(named) if isinstance(group, str)]
         common = self._agreed(groups)
+        if self.dry_run:  # every site is placed in a copy: what is promised has been done once, later sites included
+            graph = _copy(graph)
         left = self.config.limit
         merges: tuple[Merge, ...] = ()
         if self.registry.backends:
-            merge = self.config.merge
-            if self.dry_run and merge:
-                graph = _copy(graph)
-            merges = merged(graph, readings, left, common.unmerged) if merge else mergeable(graph, readings)
+            merging = self.config.merge
+            merges = merged(graph, readings, left, common.unmerged) if merging else mergeable(graph, readings)
             left = None if left is None else left - sum(not merge.reasons for merge in merges)
         view = LiftedGraph(graph, readings)
         for problem in dict.fromkeys(readings.problems):
@@ -161,13 +161,10 @@ class FusionPass(CustomGraphPass):
                 outcome |= dict.fromkeys(names, (Stage.OUTRANKED, (Reason("limit", found, "a higher limit"),)))
             else:
                 try:
-                    plan = emitter.plan(candidate)
-                    if not self.dry_run:
-                        emitter.apply(plan)
+                    emitter.apply(emitter.plan(candidate))
                 except Unplaceable as error:
                     outcome |= dict.fromkeys(names, (Stage.REPLACEMENT, (error.reason,)))
                     continue
-                emitter.claim(plan)
                 chosen = candidate
         decisions = tuple(
             Decision(d.pattern, d.strategy, *outcome[d.strategy]) if d.strategy in outcome else d

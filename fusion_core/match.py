@@ -87,14 +87,16 @@ def match(pattern: Pattern, view: LiftedGraph, anchor: fx.Node, term: Term) -> M
             miss = outcome
         else:
             terms, environment = outcome.terms, outcome.environment
-            result = _settle(pattern, view, anchor, terms, environment)
+            bound = {symbol.name: value for symbol, value in environment.items() if symbol.step is None}
+            result: Match | Miss | Reason | None = _depends_on_itself(pattern, view, anchor, bound)
+            result = result or _settle(pattern, view, anchor, terms, environment)
             if isinstance(result, Match):
                 if not result.kept:
                     return result
                 if found is None or len(result.kept) < len(found.kept):
                     found = result
                 continue
-            miss = Miss(len(terms), result)
+            miss = result if isinstance(result, Miss) else Miss(len(terms), result)
         if nearest is None or miss.depth > nearest.depth:
             nearest = miss
     if found is not None:
@@ -186,8 +188,6 @@ def _settle(
     if not any(isinstance(result, fx.Node) for result in terms[-1].results.values()):
         held = ", ".join(map(str, terms[-1].results.values()))
         return Reason("live_value", f"no node holds {held}", "a result that something uses")
-    if reason := _depends_on_itself(view, anchor, bound):
-        return reason
     body = _body(view, anchor, terms)
     twins = {node: name for term in terms for node, name in _twins(pattern, term, values).items()}
     named = {node for node in values.values() if isinstance(node, fx.Node)} | set(twins)
@@ -262,17 +262,21 @@ def _body(view: LiftedGraph, anchor: fx.Node, terms: list[Term]) -> set[fx.Node]
     return {node for node, is_inside in inside.items() if is_inside}
 
 
-def _depends_on_itself(view: LiftedGraph, anchor: fx.Node, bound: dict[str, Any]) -> Reason | None:
-    """Whether an input of the place is computed from the all_reduce's result, so that it cannot come first."""
+def _depends_on_itself(pattern: Pattern, view: LiftedGraph, anchor: fx.Node, bound: dict[str, Any]) -> Miss | None:
+    """Whether an input of the place is computed from the all_reduce's result, so that it cannot come first.
+
+    The step that takes it is none of the chain, so that as many steps stand as come before it.
+    """
     for name, node in [(name, node) for name, value in bound.items() for node in nodes_of(value)]:
         if view.position[node] > view.position[anchor] and _descends(view, node, anchor):
-            return Reason(
-                "structure",
-                f"{name} ({node.name}) is computed from the all_reduce's result",
-                "an independent one",
-                name,
-            )
+            found = f"{name} ({node.name}) is computed from the all_reduce's result"
+            depth = next(depth for depth, step in enumerate(pattern.steps) if _takes(step, name))
+            return Miss(depth, Reason("structure", found, "an independent one", name))
     return None
+
+
+def _takes(step: Step, name: str) -> bool:
+    return any(isinstance(o, Symbol) and o.step is None and o.name == name for o in step.operands.values())
 
 
 def _descends(view: LiftedGraph, node: fx.Node, anchor: fx.Node) -> bool:

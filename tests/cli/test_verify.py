@@ -81,7 +81,9 @@ def test_a_backend_without_strategies(run, monkeypatch):
     import types
     from importlib.metadata import EntryPoint
 
-    monkeypatch.setitem(sys.modules, "empty_plugin", types.ModuleType("empty_plugin"))
+    module = types.ModuleType("empty_plugin")
+    exec("import fusion_core\n@fusion_core.hookimpl\ndef fusion_available(): return []", vars(module))
+    monkeypatch.setitem(sys.modules, "empty_plugin", module)
     monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint("empty", "empty_plugin", registry.GROUP)])
     assert "backend 'empty' has no strategies" in run("verify", "empty", status=2).stderr
 

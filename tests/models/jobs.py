@@ -355,7 +355,7 @@ class Training:
 
 
 def train(path: Path) -> Training:
-    """One training step by ``backend="fusion_core"``, by Inductor alone, and in float64 on one rank."""
+    """One training step by `fusion_core.compile` with merging, by Inductor alone, and in float64 on one rank."""
     torch._dynamo.reset()
     model = load(path, torch.float32).train()
     before = len(fusion_core.reports())
@@ -367,7 +367,7 @@ def train(path: Path) -> Training:
         return {name: _whole(p.grad) for name, p in which.named_parameters()}, float(loss.detach())
 
     try:
-        compiled = torch.compile(model, backend="fusion_core", fullgraph=True)
+        compiled = fusion_core.compile(model, FusionConfig(merge=True), fullgraph=True)
         fused, fused_loss = step(model, compiled)
         fused_calls = reaching_the_group(lambda: step(model, compiled))
         reports = [report.to_dict() for report in fusion_core.reports()[before:]]

@@ -198,6 +198,7 @@ class Ran:
     unfused_calls: Counter[str] = field(default_factory=Counter)  # what reached the process group from compiled code
     fused_calls: Counter[str] = field(default_factory=Counter)
     sites: list[dict[str, Any]] = field(default_factory=list)
+    reasons: list[list[dict[str, Any]]] = field(default_factory=list)  # of each site: near misses, and each strategy's
     groups: tuple[str, str] = ("", "")
     graphs: int = 0
     error: str = ""  # of torch, where it does not compile the spelling as one graph
@@ -212,7 +213,12 @@ def run(name: str, fullgraph: bool) -> Ran:
 
     def fuse(graph: fx.Graph) -> None:
         ran.graphs += 1
-        ran.sites += own.run(graph).to_dict()["sites"]
+        report = own.run(graph)
+        ran.sites += report.to_dict()["sites"]
+        for site in report.sites:
+            reasons = [miss.reason for miss in site.near_misses]
+            reasons += [reason for decision in site.decisions for reason in decision.reasons]
+            ran.reasons.append([reason.to_dict() for reason in reasons])
 
     with torch.no_grad():
         ran.eager, _ = _called(function)

@@ -46,6 +46,7 @@ class Row:
 PRE_NORM = Row((FIRST, ADD, ADD, ADD, LAST))
 POST_NORM = Row((BARE, NORM, NORM, NORM, NORM), refused={(0,): ("structure", "needs rms_norm of it")})
 BY_MEAN = ("mean", "as LayerNorm takes it")
+BIAS = ("broadcast", "of shape [64], is broadcast by add")  # of a linear, behind its sum
 SIDE_BY_SIDE = Row(3 * (BARE,), refused={(0, 1, 2): BY_MEAN}, merges=LAYERS)  # attention and MLP
 SCALED_EMBEDDING = {(0,): ("scaled", "of what is scaled by")}  # by a constant that is a tensor of the model
 SUMMED_AFTERWARDS = ("structure", "is followed by sum")
@@ -71,9 +72,9 @@ ROWS = {
     "granite": Row(5 * (BARE,), refused={(0,): ("scaled", "scaled by 12"), (1, 2, 3, 4): ("scaled", "scaled by")}),
     "cohere": SIDE_BY_SIDE,
     "cohere2": SIDE_BY_SIDE,
-    "phi": SIDE_BY_SIDE,
+    "phi": Row(3 * (BARE,), refused={(0,): BY_MEAN, (1, 2): BIAS}, merges=LAYERS),
     # its plan leaves the embedding whole
-    "gpt_neox": Row(2 * (BARE,), refused={(0, 1): BY_MEAN}, merges=LAYERS),
+    "gpt_neox": Row(2 * (BARE,), refused={(0, 1): BIAS}, merges=LAYERS),
 }
 
 Outcomes = Callable[[str], Outcome]

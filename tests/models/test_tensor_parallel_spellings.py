@@ -78,9 +78,8 @@ def test_it_is_left_and_says_why(ran: Rans, name: str):
     count, code, words = REFUSED[name]
     for rank in ran(name):
         assert len(rank.sites) == count
-        for site in rank.sites:
+        for site, reasons in zip(rank.sites, rank.reasons, strict=True):
             assert site["strategy"] is None
-            reasons = [miss["reason"] for miss in site["near_misses"]]
             assert any(reason["code"] == code and words in reason["found"] for reason in reasons), reasons
 
 

@@ -122,9 +122,11 @@ class Emitter:
             Unplaceable: where an operator of the strategy raises when it is put in; the graph is then as it was.
         """
         found, place = plan.candidate.match, plan.place
-        before = [(node, node.prev) for node in plan.hoisted]
+        position = self.view.position
+        before = [(node, node.prev, position[node]) for node in plan.hoisted]
         for node in plan.hoisted:
             place.append(node)
+            position[node] = position[place]  # for the next site: what stands here already is not late there
             place = node
         insert = Inserter(self.graph, self.view.position, place, found.erased[-1], plan.candidate.strategy.name)
         insert.meta[SITE] = found.anchor.name
@@ -135,8 +137,9 @@ class Emitter:
         except BaseException as error:
             # a plugin's fake ran once more; nothing uses its nodes yet
             insert.undo()
-            for node, previous in before:
+            for node, previous, late in before:
                 previous.append(node)
+                position[node] = late
             text = f"placing {plan.candidate.strategy.name} raised {described(error)}"
             raise Unplaceable(Reason("trace", text, "an impl that runs on fake tensors each time")) from error
         outputs = dict(zip(found.outputs, copied, strict=True))
@@ -199,43 +202,39 @@ class Emitter:
     def _place(self, candidate: Candidate, inputs: list[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
         """The node after which to insert, and inputs that must be moved behind it first.
 
-        As late as the last input where every use comes later still; else at the first use, with the late inputs
-        moved up, which is safe for what has no side effects and does not hang on the site.
+        As late as the last input where every use and the next collective come later still; else before these, with the
+        late inputs moved up, which is safe for what has no side effects and does not hang on the site. No collective
+        may pass another: ranks pair them in the order of the model, in which one whose graph breaks in between runs them.
         """
         position, body, anchor = self.view.position, set(candidate.match.erased), candidate.match.anchor
         uses = [user for node in candidate.match.holders for user in node.users if user not in body]
         first = min(uses, key=position.__getitem__, default=None)
-        limit = len(position) if first is None else position[first]
+        following = _next_collective(anchor)
+        limit = min((position[node] for node in (first, following) if node is not None), default=len(position))
         late: list[fx.Node] = []
         stack = [node for node in inputs if position[node] >= limit]
         while stack:
             node = stack.pop()
             if node in late:
                 continue
-            if node.op != "call_function" or node.is_impure() or _writes(node):
-                found = f"{node.name}, which the site needs, comes after {first}, which uses its result"
-                raise Unplaceable(Reason("order", found, "all inputs before the first use"))
+            if not self._may_move(node, anchor):
+                if first is not None and position[first] == limit:
+                    found, needs = f"comes after {first}, which uses its result", "all inputs before the first use"
+                    raise Unplaceable(Reason("order", f"{node.name}, which the site needs, {found}", needs))
+                found = f"{anchor.name} would come after {following}, which the model calls later"
+                raise Unplaceable(Reason("order", found, "all inputs before the next collective"))
             late.append(node)
             stack.extend(n for n in node.all_input_nodes if position[n] > position[anchor])
         place = max([anchor, *(node for node in inputs if node not in late)], key=position.__getitem__)
-        if (passed := self._passed(anchor, place)) is not None:
-            found = f"{anchor.name} would come after {passed.name}, which the model calls later"
-            raise Unplaceable(Reason("order", found, "all inputs before the next collective"))
         return place, sorted(late, key=position.__getitem__)
 
-    def _passed(self, anchor: fx.Node, place: fx.Node) -> fx.Node | None:
-        """The first collective between two nodes. None may pass another: ranks pair them in the order of the model.
-
-        A rank whose graph breaks between the two runs them in that order whatever this one does.
-        """
-        if place is anchor:
-            return None
-        node = anchor.next
-        while node is not place.next and node.op != "root":
-            if is_collective(node):
-                return node
-            node = node.next
-        return None
+    def _may_move(self, node: fx.Node, anchor: fx.Node) -> bool:
+        """Whether an operator may run as early as right behind an all_reduce, as far as it alone is concerned."""
+        if node.op != "call_function" or node.is_impure() or _writes(node) or is_collective(node):
+            return False
+        position = self.view.position
+        writes = (position[user] for read in node.all_input_nodes for user in self.view.writers(read))
+        return not any(position[anchor] < write < position[node] for write in writes)
 
     def _sizes(self, shape: tuple[Any, ...]) -> list[int]:
         """A shape as arguments of reshape. One size may be known only at run time: it follows from the others."""
@@ -256,6 +255,14 @@ class Emitter:
         if key not in self._traced:
             self._traced[key] = trace(strategy, found, fakes, self.decompositions, self.config)
         return self._traced[key]
+
+
+def _next_collective(anchor: fx.Node) -> fx.Node | None:
+    """The first collective behind a node."""
+    node = anchor.next
+    while node.op != "root" and not is_collective(node):
+        node = node.next
+    return None if node.op == "root" else node
 
 
 def _writes(node: fx.Node) -> bool:

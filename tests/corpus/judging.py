@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fusion_core import SiteReport, Stage
+from tests.corpus.batches import Outcome, Row
 from tests.corpus.case import EPS, Case, Given, NearMiss
 from tests.properties.jobs import excess
-from tests.support.graphs import Fused, fuse
 
 CODES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.int8)
 NARROW = (torch.float16, torch.bfloat16, torch.float32)
@@ -33,39 +33,30 @@ NOTES = {"weight_after_cast": False, "norm_of_unrounded_sum": False}
 """Attributes that a site has only where they are true."""
 
 
-def judge(case: Case) -> None:
-    """Compile a row and check all that it says."""
-    fused, inputs = compiled(case.function, case.given, dynamic=case.dynamic)
-    site = expected_site(fused, case.pattern, case.others)
+def judge(case: Case, outcome: Outcome) -> None:
+    """Check all that a row says."""
+    site = expected_site(outcome, case.pattern, case.others)
     assert site.strategy == f"reference.{case.pattern}", refusals(site)
     assert set(site.attributes["live"]) == set(case.live)
     check_attributes(site, case.attributes, weight=case.weight)
-    check_values(case.function, case.given, fused, inputs, strides="scale_layout" in case.attributes)
+    check_values(case, outcome, strides="scale_layout" in case.attributes)
 
 
-def judge_near_miss(miss: NearMiss) -> None:
-    """Compile a row and check that the longer pattern is refused, in words, and no value changed."""
-    fused, inputs = compiled(miss.function, miss.given, dynamic=miss.dynamic)
-    site = expected_site(fused, miss.stands, miss.others)
+def judge_near_miss(miss: NearMiss, outcome: Outcome) -> None:
+    """Check that the longer pattern is refused, in words, and no value changed."""
+    site = expected_site(outcome, miss.stands, miss.others)
     refused = [decision for decision in site.decisions if decision.pattern == miss.of]
     found = {str(reason) for decision in refused if decision.stage is Stage.STRUCTURE for reason in decision.reasons}
     assert any(miss.because in reason for reason in found), found
-    check_values(miss.function, miss.given, fused, inputs)
+    check_values(miss, outcome)
 
 
-def compiled(function: Callable[..., Any], given: Given, *, dynamic: bool = False) -> tuple[Fused, tuple[Tensor, ...]]:
-    """What the pass made of a function, and the inputs after its run."""
-    inputs = given(marked=True)
-    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
-        return fuse(function, *inputs, dynamic=dynamic), inputs
-
-
-def expected_site(fused: Fused, pattern: str, others: tuple[tuple[str, ...], tuple[str, ...]]) -> SiteReport:
+def expected_site(outcome: Outcome, pattern: str, others: tuple[tuple[str, ...], tuple[str, ...]]) -> SiteReport:
     """The row's own site, among as many as it says."""
     before, behind = others
-    found = [site.pattern for site in fused.sites]
-    assert found == [*before, pattern, *behind], [refusals(site) for site in fused.sites]
-    return fused.sites[len(before)]
+    found = [site.pattern for site in outcome.sites]
+    assert found == [*before, pattern, *behind], [refusals(site) for site in outcome.sites]
+    return outcome.sites[len(before)]
 
 
 def refusals(site: SiteReport) -> dict[str, list[str]]:
@@ -92,14 +83,12 @@ def check_attributes(site: SiteReport, differing: Mapping[str, Any], *, weight: 
     assert ("weight" in site.attributes["inputs"]) == weight
 
 
-def check_values(
-    function: Callable[..., Any], given: Given, fused: Fused, inputs: tuple[Tensor, ...], *, strides: bool = False
-) -> None:
+def check_values(row: Row, outcome: Outcome, *, strides: bool = False) -> None:
     """Fused results, and what became of the inputs, against plain ones and float64."""
-    found, (plain, exact) = tree_leaves((fused.results, inputs)), plain_and_exact(function, given)
+    found, (plain, exact) = tree_leaves((outcome.results, outcome.inputs)), plain_and_exact(row.function, row.given)
     for got, unfused, oracle in zip(found, plain, exact, strict=True):
         assert got.stride() == unfused.stride() or not strides
-        check_tensor(got, unfused, oracle, given.dtype)
+        check_tensor(got, unfused, oracle, row.given.dtype)
 
 
 def plain_and_exact(function: Callable[..., Any], given: Given) -> tuple[list[Tensor], list[Tensor]]:

@@ -290,9 +290,9 @@ NEAR_MISSES = [
     plain("root instead of its inverse", lambda x, r, w: (a := reduce(x)) * torch.sqrt(a.pow(2).mean(-1, keepdim=True) + EPS), "to the power 0.5", given=FLOAT),
     plain("the inverse without a root", lambda x, r, w: (a := reduce(x)) / (a.pow(2).mean(-1, keepdim=True) + EPS), "power -1", given=FLOAT),
     plain("the root alone", lambda x, r, w: inverse(reduce(x)), "all_reduce is followed by pow", given=FLOAT),
-    plain("the square of the tensor", lambda x, r, w: (a := reduce(x)) * a * inverse(a), "wait_tensor^2", given=FLOAT),
+    plain("the square of the tensor", lambda x, r, w: (a := reduce(x)) * a * inverse(a), "needs the root of what it multiplies", given=FLOAT),
     plain("a root that is one tensor's and multiplies another", lambda x, r, w: r * inverse(reduce(x)), "needs the root of what it multiplies", given=FLOAT),
-    add("a root that others use", saved, "rsqrt inside the chain is used by output"),
+    add("a root that others use", saved, "inside the chain is used by output"),
     # another tensor
     plain("another tensor is normed", lambda x, r, w: (reduce(x) * 2, norm(r, w)), "followed by mul"),
     plain("heads", heads, "16 becomes 8"),

@@ -5,36 +5,42 @@ from typing import Any
 import pytest
 import torch
 
-from tests.corpus import all_reduces, near_misses, norms, quantisation, residuals, shapes
+from tests.corpus import all_reduces
+from tests.corpus.batches import ByRow, Outcome, compiled
 from tests.corpus.case import Case, NearMiss
-from tests.corpus.judging import compiled, judge, judge_near_miss
+from tests.corpus.judging import judge, judge_near_miss
+from tests.corpus.rows import CASES, NEAR_MISSES, ROWS
 
 pytestmark = pytest.mark.usefixtures("groups")
 
-TOPICS = (norms, residuals, all_reduces, quantisation, shapes, near_misses)
-CASES = [
-    pytest.param(case, id=f"{topic.__name__.rpartition('.')[2]}: {case.name}")
-    for topic in TOPICS
-    for case in topic.CASES
-]
-NEAR_MISSES = [pytest.param(miss, id=miss.name) for miss in near_misses.NEAR_MISSES]
+
+@pytest.fixture(scope="module")
+def outcomes(groups: str) -> ByRow[Outcome]:
+    return ByRow(ROWS, compiled)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_chain_is_found_whatever_its_spelling(case: Case) -> None:
-    judge(case)
+def test_a_chain_is_found_whatever_its_spelling(case: Case, outcomes: ByRow[Outcome]) -> None:
+    judge(case, outcomes[case])
 
 
 @pytest.mark.parametrize("miss", NEAR_MISSES)
-def test_what_only_looks_like_the_chain_is_left_alone_with_a_reason(miss: NearMiss) -> None:
-    judge_near_miss(miss)
+def test_what_only_looks_like_the_chain_is_left_alone_with_a_reason(miss: NearMiss, outcomes: ByRow[Outcome]) -> None:
+    judge_near_miss(miss, outcomes[miss])
 
 
-def test_each_site_knows_its_own_group() -> None:
+def test_each_site_knows_its_own_group(outcomes: ByRow[Outcome]) -> None:
     row = next(case for case in all_reduces.CASES if case.name == "two groups, the second")
-    fused, _ = compiled(row.function, row.given)
-    default, second = fused.sites
+    default, second = outcomes[row].sites
     assert second.attributes["group"] == all_reduces.SECOND["name"] != default.attributes["group"]
+
+
+def test_the_rows_of_each_graph_are_judged_in_it(outcomes: ByRow[Outcome]) -> None:
+    """Otherwise each of them is compiled alone, which nothing else would show."""
+    for row in ROWS:
+        outcomes[row]
+    assert outcomes.given_up == {}
+    assert len(outcomes.batches) < len(ROWS) / 8
 
 
 @pytest.mark.parametrize("params", [CASES, NEAR_MISSES], ids=["cases", "near misses"])

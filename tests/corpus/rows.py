@@ -1,0 +1,14 @@
+"""All rows of the corpus, by their names."""
+
+import pytest
+
+from tests.corpus import all_reduces, near_misses, norms, quantisation, residuals, shapes
+
+TOPICS = (norms, residuals, all_reduces, quantisation, shapes, near_misses)
+CASES = [
+    pytest.param(case, id=f"{topic.__name__.rpartition('.')[2]}: {case.name}")
+    for topic in TOPICS
+    for case in topic.CASES
+]
+NEAR_MISSES = [pytest.param(miss, id=miss.name) for miss in near_misses.NEAR_MISSES]
+ROWS = [*(case for topic in TOPICS for case in topic.CASES), *near_misses.NEAR_MISSES]

@@ -204,7 +204,7 @@ class Emitter:
 
         As late as the last input where every use and the next collective come later still; else before these, with the
         late inputs moved up, which is safe for what has no side effects and does not hang on the site. No collective
-        may pass another: ranks pair them in the order of the model, in which one whose graph breaks in between runs them.
+        may pass another: ranks pair them in the model's order, in which one whose graph breaks in between runs them.
         """
         position, body, anchor = self.view.position, set(candidate.match.erased), candidate.match.anchor
         uses = [user for node in candidate.match.holders for user in node.users if user not in body]

@@ -71,7 +71,7 @@ def test_what_a_site_needs_late_stays_behind_a_write_into_what_it_reads(one_rank
         return norm(h, w), h, c10d.wait_tensor(second)
 
     graph = make_fx(model)(*given()).graph
-    site, other = FusionPass(registry=registry(REFERENCE)).run(graph).sites
+    site, _ = FusionPass(registry=registry(REFERENCE)).run(graph).sites
     assert "all_reduce would come after all_reduce_1" in str([reason for d in site.decisions for reason in d.reasons])
     found = torch.fx.GraphModule({}, graph)(*given())
     torch.testing.assert_close(found, model(*given()))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -17,16 +20,20 @@ from fusion_core.graph_end import compiling
 __all__ = [
     "CustomGraphPass",
     "cache_dir",
+    "caches_enabled",
     "compile_graph",
     "compile_rows",
     "decompositions",
+    "label",
     "mode_options",
     "post_grad_only",
+    "taking",
     "with_pass",
 ]
 
 POST_PASS = "post_grad_custom_post_pass"
-
+LABEL = "fusion_core_report_"
+"""What the name that `label` gives begins with, among Inductor's counters."""
 
 ROWS_IN_MIND = 1021
 """Rows for which Inductor lays out a kernel that is to take any number: with fewer it would be slow for many. A prime,
@@ -176,8 +183,49 @@ def cache_dir() -> Path:
 
 
 def caches_enabled() -> bool:
-    """Whether Inductor may take a graph from its cache."""
+    """Whether Inductor keeps the graph that it compiles now, under the options of that graph."""
     return bool(inductor_config.fx_graph_cache) and not inductor_config.force_disable_caches
+
+
+def label(name: str) -> None:
+    """Give a name to the graph that Inductor compiles now; Inductor keeps it with the graph."""
+    # what a compilation adds to these counters is stored with its graph, and added again when it comes from the cache
+    counters["inductor"][LABEL + name] += 1
+
+
+@dataclass
+class Taken:
+    """What Inductor took from its cache.
+
+    Attributes:
+        hits: How many graphs.
+        labels: The names that they had been given, and those of graphs that were compiled.
+    """
+
+    hits: int = 0
+    labels: tuple[str, ...] = ()
+
+
+@contextmanager
+def taking() -> Iterator[Taken]:
+    """What Inductor takes from its cache while the block runs; known when it has ended."""
+    taken = Taken()
+    hits, before = _hits(), _labels()
+    try:
+        yield taken
+    finally:
+        taken.hits = _hits() - hits
+        taken.labels = tuple(name for name in _labels() if name not in before)
+        for name in taken.labels:  # nobody else reads them
+            del counters["inductor"][LABEL + name]
+
+
+def _hits() -> int:
+    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+
+
+def _labels() -> list[str]:
+    return [name.removeprefix(LABEL) for name in counters["inductor"] if name.startswith(LABEL)]
 
 
 def reset_cudagraphs() -> None:

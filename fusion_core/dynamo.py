@@ -47,17 +47,18 @@ class Backend:
         groups = mentioned(graph_module, inputs)
         own = _pass_for(FusionConfig() if self.config is None else self.config).among(*groups)
         patches = _inductor.with_pass(own, _inductor.mode_options(mode, options))
-        key = report_cache.GraphKey(graph_module, inputs, own) if _inductor.caches_enabled() else None
+        compiled_now: set[str] = set()
 
-        def keep(heard: list[Report]) -> None:
+        def keep(report: Report) -> None:
             # by the pass, before Inductor stores the graph: another rank may take it from there at that moment
-            if key is not None:
-                report_cache.save(key, heard)
+            compiled_now.add(report_cache.save(report))
 
-        with history.collecting(keep) as heard:
+        with history.collecting(keep), _inductor.taking() as taken:
             compiled = _inductor.compile_graph(graph_module, inputs, patches)
-        if key is not None and not heard:
-            for report in report_cache.load(key) or [Report(())]:
+        if taken.hits > 0:
+            names = [name for name in taken.labels if name not in compiled_now]
+            kept = [report for name in names if (report := report_cache.load(name)) is not None]
+            for report in kept or [Report(())]:
                 history.record(dataclasses.replace(report, origin="cache"), own.config.reports)
         return compiled
 

@@ -21,12 +21,12 @@ def record(report: Report, most: int = KEPT) -> None:
         del _reports[:-most]
     for heard, then in getattr(_listener, "stack", ()):
         heard.append(report)
-        then(heard)
+        then(report)
 
 
 @contextmanager
-def collecting(then: Callable[[list[Report]], object] = lambda heard: None) -> Iterator[list[Report]]:
-    """The reports that this thread records while the block runs; ``then`` is given all so far at each one."""
+def collecting(then: Callable[[Report], object] = lambda report: None) -> Iterator[list[Report]]:
+    """The reports that this thread records while the block runs; ``then`` is given each one."""
     heard: list[Report] = []
     stack = _listener.__dict__.setdefault("stack", [])
     stack.append((heard, then))

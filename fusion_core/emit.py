@@ -21,7 +21,7 @@ from fusion_core.lifting.view import LiftedGraph
 from fusion_core.pairing import SITE, is_collective, is_plain, seal
 from fusion_core.reason import Reason
 from fusion_core.site import TensorMeta, dtype_name
-from fusion_core.strategy import Strategy
+from fusion_core.strategy import Strategy, schema_of
 from fusion_core.tracing import Decompositions, Unplaceable, returned, scalars, trace
 
 
@@ -89,7 +89,9 @@ class Emitter:
             fakes |= {name: fakes[name].reshape(sizes) for name, sizes in reshapes.items()}
         traced = self._trace(candidate, fakes)
         results = _results(candidate, traced)
-        if candidate.site.world_size > 1 and not is_plain(traced) and not is_guarded(traced):
+        # a function may import what registers its operators, which a process that finds the graph in a cache lacks
+        needs_guard = candidate.site.world_size > 1 or schema_of(candidate.strategy.impl) is None
+        if needs_guard and not is_plain(traced) and not is_guarded(traced):
             candidate = self._guard(candidate)
             traced = self._trace(candidate, fakes)
             results = _results(candidate, traced)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, requires
-from importlib.metadata import version as version_of
 from typing import Any
 
 import torch
 
 from fusion_core.config import PREFIX
 from fusion_core.facts_shape import misshapen
-from fusion_core.fingerprint import core_sources, declaration, module_sources, version
+from fusion_core.fingerprint import declaration, version
 from fusion_core.group_store import CODE
 from fusion_core.loading import Backend
 from fusion_core.reason import Reason
 from fusion_core.registry import Registry
 from fusion_core.site import Device
+from fusion_core.sources import core_sources
 
 SAME = "the same on every rank"
-OWN = "fusion-core"
 _MAY_DIFFER = ("strict", "table", "reports")
 """Fields in which configurations may differ: they change no graph, or name what is compared itself."""
 
@@ -78,38 +75,12 @@ def facts(registry: Registry, device: Device) -> dict[str, Any]:
 def _backend(backend: Backend, unavailable: Mapping[str, tuple[Reason, ...]]) -> dict[str, Any]:
     return {
         "is": backend.distribution,
-        "with": _libraries(backend),
+        "with": backend.libraries,
         "strategies": {strategy.name: _short(declaration(strategy)) for strategy in backend.strategies},
-        "sources": module_sources(backend.plugin)[:12],
+        "sources": backend.sources[:12],
         "reads": bool(backend.dialects or backend.patterns),
         "unavailable": {device: [str(reason) for reason in reasons] for device, reasons in unavailable.items()},
     }
-
-
-def _libraries(backend: Backend) -> dict[str, str | None]:
-    """The versions of what a backend's distribution asks for, by itself or in an extra of the backend's name."""
-    needed = {*_required(backend.distribution.partition(" ")[0], backend.name)} - {OWN, *_required(OWN, "")}
-    return {name: _version(name) for name in sorted(needed)}
-
-
-def _required(distribution: str, extra: str) -> Iterator[str]:
-    lines = _metadata(requires, distribution) if distribution else None
-    for line in lines or ():
-        requirement, _, marker = line.partition(";")
-        if "extra" not in marker or re.search(rf"\bextra\s*==\s*['\"]{re.escape(extra)}['\"]", marker):
-            yield re.split(r"[^\w.-]", requirement.strip(), maxsplit=1)[0].lower()
-
-
-def _version(distribution: str) -> str | None:
-    found = _metadata(version_of, distribution)
-    return None if found is None else str(found)
-
-
-def _metadata(ask: Callable[[str], Any], distribution: str) -> Any:
-    try:
-        return ask(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _short(value: object) -> str:

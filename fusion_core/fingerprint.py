@@ -8,8 +8,7 @@ import inspect
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as distribution_version
-from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from fusion_core.config import KEPT
 from fusion_core.registry import Registry
 from fusion_core.site import Device
+from fusion_core.sources import core_sources
 from fusion_core.strategy import Strategy, schema_of
 
 
@@ -30,7 +30,7 @@ def version() -> str:
 
 
 def fingerprint(registry: Registry, dry_run: bool = False) -> str:
-    """A hash over core's and all plugins' sources and versions, declarations, order, configuration and device.
+    """A hash over core's and all plugins' files, declarations, libraries' versions, order, configuration and device.
 
     Whatever changes a decision or what is emitted must change it: a graph from Inductor's cache is never looked at
     again.
@@ -51,7 +51,7 @@ def fingerprint(registry: Registry, dry_run: bool = False) -> str:
         for _, pattern in sorted(registry.patterns.items())
     ]
     for backend in registry.backends.values():
-        parts += [backend.name, backend.distribution, module_sources(backend.plugin), backend.dialects]
+        parts += [backend.name, backend.distribution, backend.sources, backend.libraries, backend.dialects]
         parts += [declaration(strategy) for strategy in backend.strategies]
         parts += [registry.unavailable(backend.name, kind) for kind in (device, Device("cpu"))]
     parts.append(tuple(map(str, registry.failures)))
@@ -82,28 +82,6 @@ def declaration(strategy: Strategy) -> tuple[object, ...]:
     """A strategy without the address of its impl, which differs between processes."""
     values = (getattr(strategy, each.name) for each in fields(strategy) if each.name != "impl")
     return (*values, _source(strategy.impl))
-
-
-def core_sources() -> str:
-    """A hash of the library's own sources."""
-    return _sources(Path(__file__).parent)
-
-
-@functools.cache
-def _sources(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
-
-
-def module_sources(plugin: ModuleType | Any) -> str:
-    """A hash of a plugin's sources: of its whole package where it is one."""
-    file = getattr(plugin, "__file__", None)
-    if file is None:
-        return type(plugin).__qualname__  # a plugin that is no module
-    path = Path(file)
-    return _sources(path.parent) if path.name == "__init__.py" else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _source(function: Any) -> str:

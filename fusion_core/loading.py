@@ -19,6 +19,7 @@ from fusion_core.lifting.operands import Earlier
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import Pattern
 from fusion_core.reason import Reason
+from fusion_core.sources import libraries, plugin_sources
 from fusion_core.strategy import Strategy
 from fusion_core.vocabulary import Operation
 
@@ -37,6 +38,13 @@ class Backend:
     """``name version`` of the distribution that its entry point came from."""
     module: str = ""
     """The module that its entry point names."""
+    sources: str = ""
+    """A hash of all its files, as they were when it was loaded."""
+
+    @property
+    def libraries(self) -> dict[str, str | None]:
+        """The versions of what its distribution asks for."""
+        return libraries(self.distribution, self.name)
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,7 @@ def _load(name: str, candidates: list[EntryPoint]) -> Backend:
         tuple(hooks.items("fusion_dialects", Dialect)),
         _distribution(point),
         point.module,
+        plugin_sources(point.module, point.dist),
     )
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint
+from importlib.metadata import Distribution, EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,10 +28,10 @@ from fusion_core._inductor import post_grad_only
 from fusion_core.common_ground import agree
 from fusion_core.dynamo import _pass_for
 from fusion_core.exchange import Exchange
-from fusion_core.fingerprint import core_sources
 from fusion_core.groups import mentioned
 from fusion_core.registry import GROUP
 from fusion_core.site import Device
+from fusion_core.sources import core_sources
 from fusion_core.tuning.machine import Machine
 from fusion_core.tuning.table import UNFUSED, Row, Table
 from tests.corpus.case import ADD, EPS, norm
@@ -75,10 +75,24 @@ reading = SimpleNamespace(
 )
 
 
+@dataclass
+class Kernels(Distribution):
+    """A distribution that lists no files."""
+
+    number: str
+
+    def read_text(self, filename: str) -> str | None:
+        said = f"Metadata-Version: 2.1\nName: acme-kernels\nVersion: {self.number}\n"
+        return said if filename == "METADATA" else None
+
+    def locate_file(self, path: Any) -> Path:
+        return Path("/nowhere", path)
+
+
 def point(attribute: str, version: str = "1.0") -> EntryPoint:
     """An entry point named acme, of a distribution."""
     found = EntryPoint("acme", f"{__name__}:{attribute}", GROUP)
-    vars(found)["dist"] = SimpleNamespace(name="acme-kernels", version=version)
+    vars(found)["dist"] = Kernels(version)
     return found
 
 

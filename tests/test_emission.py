@@ -55,6 +55,20 @@ def test_a_kernel_replaces_every_node_of_the_site(monkeypatch: Any) -> None:
     assert node.meta["val"][0].shape == given[0].shape
 
 
+def test_an_operator_that_a_function_calls_is_not_in_the_graph_itself(monkeypatch: Any) -> None:
+    """The function may be what registers it, and a graph from the compile cache runs where nothing was traced."""
+
+    def calls(x: Any, residual: Any, weight: Any, eps: float, group: str) -> Any:
+        return opaque(x, residual, weight, eps, group)
+
+    late = Strategy(ADD, "acme.late", calls, outputs=("normed", "residual_out"))
+    given = tensors()
+    fused = fuse(add_then(norm), *given, using=registry(acme(monkeypatch, late), REFERENCE))
+    assert fused.site.strategy == "acme.late"
+    assert opaque._opoverload not in fused.targets()
+    torch.testing.assert_close(fused.results, add_then(norm)(*given), rtol=0.02, atol=0.02)
+
+
 def test_as_many_collectives_run_as_before() -> None:
     fused = fuse(add_then(norm), *tensors())
     assert fused.site.strategy == f"reference.{ADD}"

@@ -179,7 +179,7 @@ class Runner:
             # now and not when a larger batch comes: compiling takes seconds
             self.rest.prepare(x, others)
             self._prepared = True
-        tokens = x.numel() // x.shape[-1]
+        tokens = x.numel() // x.shape[-1] if x.dim() else 1
         path = self._preferences[max(bisect_right(self.firsts, tokens) - 1, 0)](tuple(x.shape))
         if path.strategy is not None and self._hindered():
             path = self._unfused

@@ -13,6 +13,10 @@ by what right spellings of one computation differ in:
 A scale that stands at the quantisation's floor is judged by its codes alone, up to a floor of 1e-5: such a one is there
 to keep a division finite, and kernels with another or none write another scale that means the same.
 
+A row's own error may be small by luck, and where thousands of rows are compared, some is. So the definition's error in
+a row is at least the largest that it has in any row, in units of that row's largest value, but at most one rounding for
+each step of the chain: a row in which values cancel loosens no other.
+
 The definition's error is the largest over the runs that it is given: with the ranks in every cyclic order, as the
 vocabulary leaves the order of the sum to the process group, and with subnormal inputs flushed. On a GPU whose kernels
 truncate where others round to the nearest (`fusion_core.testing.truncation`), one more run truncates. That is a weaker
@@ -93,10 +97,11 @@ def excess(
         step = _step(pattern, name)
         if name not in result or step is None:
             continue
+        steps = pattern.steps.index(step) + 1
         codes = DEQUANTIZE.get(step.operation.name)
         if codes is None:
             if (own := result[name].dtype) in FLOATS:
-                found.append(_worst(name, result[name], [d[name] for d in definitions], oracle[name], (own,)))
+                found.append(_worst(name, result[name], [d[name] for d in definitions], oracle[name], (own,), steps))
             continue
         source = _name(pattern, step.operands["x"])
         dtype = definitions[0][source].dtype if source in oracle else torch.float32
@@ -107,11 +112,11 @@ def excess(
             exact = oracle[source] if source in oracle else codes(_resolved(pattern, step, oracle, arguments))
             values = [codes(_resolved(pattern, step, each, arguments)) for each in (result, *definitions)]
             more = _code_step(step, arguments)
-            found.append(_worst(f"{name}, dequantised", values[0], values[1:], exact, (dtype,), more))
+            found.append(_worst(f"{name}, dequantised", values[0], values[1:], exact, (dtype,), steps, more))
         elif result[name].dtype == torch.float32 and arguments.get("scale_format", "float32") == "float32":
             exact = oracle[name].double()
             scale = torch.where(exact <= _floor(arguments), exact, result[name].double())
-            found.append(_worst(name, scale, [d[name] for d in definitions], exact, (dtype, torch.float32)))
+            found.append(_worst(name, scale, [d[name] for d in definitions], exact, (dtype, torch.float32), steps))
     return found
 
 
@@ -121,6 +126,7 @@ def _worst(
     definitions: Sequence[Tensor],
     oracle: Tensor,
     roundings: tuple[torch.dtype, ...],
+    steps: int,
     more: float = 0.0,
 ) -> Excess:
     """The row with the largest error in units of its bound.
@@ -131,6 +137,7 @@ def _worst(
         definitions: The definition's results.
         oracle: The exact values.
         roundings: Dtypes in each of which the row's largest value may be rounded once more.
+        steps: How many steps of the chain lead to it.
         more: A part of the row's largest value that may be added: one step of a code.
     """
     if oracle.numel() == 0:
@@ -140,6 +147,8 @@ def _worst(
     error, allowed = errors[0], torch.stack(errors[1:]).amax(0)
     largest = rows.abs().amax(-1)
     relative = sum(torch.finfo(dtype).eps / 2 for dtype in roundings) + 4 * torch.finfo(torch.float32).eps / 2 + more
+    usual = (allowed / largest).nan_to_num(0.0, 0.0).amax().clamp(max=steps * torch.finfo(roundings[0]).eps / 2)
+    allowed = torch.maximum(allowed, usual * largest)
     bound = FACTOR * allowed + largest * relative + max(torch.finfo(dtype).smallest_normal for dtype in roundings)
     error = error.nan_to_num(torch.inf, torch.inf)
     ratio = torch.where(allowed.isfinite() & largest.isfinite(), error / bound, 0.0)

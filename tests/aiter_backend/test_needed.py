@@ -16,7 +16,8 @@ HAPPENS = {
     "DType": {"wrong", "raised"},
     "SameDType": {"wrong", "raised"},
     "MultipleOf": {"raised", "unfused"},
-    "RowFits": {"unfused"},  # the operator has the same rule for sizes that are known when it runs
+    # the operator has the same rule for sizes that are known when it runs, and none for a value without rows
+    "RowFits": {"unfused", "raised"},
     "DTypeAttribute": {"wrong"},
     "Attribute": {"wrong", "raised"},
     "NativeFP8": {"wrong"},

@@ -1,7 +1,7 @@
 """Workers that are forked from a process that has imported torch and Inductor already, instead of fresh interpreters.
 
 Of some 150 workers of the suite each would import for six seconds of CPU. What a worker does is the same; what is not:
-its interpreter was not started for it. So the two servers have hash seeds of their own, as the ranks of a user have,
+its interpreter was not started for it, and its gloo groups share a thread (`tests.support.one_loop`). So the two servers have hash seeds of their own, as the ranks of a user have,
 ``tests/test_workers.py`` tests fresh interpreters, and ``make test-nightly`` runs every test with them.
 """
 
@@ -59,7 +59,9 @@ class _Start:
 
     def _bootstrap(self, parent_sentinel: int) -> int:
         from fusion_core.worker_process import serve
+        from tests.support import one_loop
 
+        one_loop.use()
         os.setsid()
         os.close(parent_sentinel)
         *handles, stdout, stderr = forkserver._forkserver.get_inherited_fds()

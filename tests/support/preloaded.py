@@ -12,3 +12,4 @@ import torch.distributed._functional_collectives
 
 import fusion_core.worker_process
 import tests.support.graphs
+import tests.support.one_loop

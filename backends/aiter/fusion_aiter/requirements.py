@@ -30,8 +30,10 @@ class RowFits:
     def unmet(self, site: Site) -> Reason | None:
         """Why no form takes such a row."""
         tensor = site.tensor(self.arg)
-        if tensor is None or not tensor.shape:
+        if tensor is None:
             return None
+        if not tensor.shape:
+            return Reason("size", f"{self.arg} has no dimension", "rows of a hidden size", self.arg)
         hidden, size = tensor.shape[-1], tensor.dtype.itemsize
         if not isinstance(hidden, int):
             found = f"{self.arg}.shape[-1] is {hidden}, which is known only at run time"

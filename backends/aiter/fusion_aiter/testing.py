@@ -28,7 +28,7 @@ def _(requirement: RowFits, site: Site) -> Sides:
         for hidden in (*(pack * count for count in near), pack * 8 + pack // 2):
             one, two = stages_that_run(kernel, hidden, size, site.world_size, arch, one_stage=requirement.one_stage)
             (met if one or two else unmet).append(_sized(here, arg, (4, hidden)))
-    met.append(_sized(site, arg, ()))
+    unmet.append(_sized(site, arg, ()))
     return Sides(tuple(met), tuple(unmet))
 
 

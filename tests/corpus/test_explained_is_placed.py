@@ -1,0 +1,165 @@
+"""The strategy that a dry run names at a site is the one that ``torch.compile`` then puts there, in every row.
+
+What is there is read off the rewritten graph: each node of a strategy says whose it is, and of which all_reduce. All
+rows go through Inductor up to its post-grad passes, which run in Inductor's own state (`tests.test_dispatch_state`);
+one row of each pattern goes through all of Inductor, and its numbers are judged as well.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import fusion_core
+from fusion_core import FusionPass, Report
+from fusion_core.pairing import PROVENANCE, SITE
+from fusion_core.patterns import CORE_PATTERNS
+from fusion_core.vocabulary.fp4 import dequantize_mxfp4, dequantize_nvfp4
+from tests.corpus import judging
+from tests.corpus.batches import ByRow, Outcome, Row, captured, given, split, together
+from tests.corpus.case import ADD, BARE, WIDE, Case, Given, reduce
+from tests.corpus.rows import CASES, NEAR_MISSES, ROWS
+from tests.dialects.test_flashinfer import MXFP4, quantize
+from tests.properties.jobs import excess
+from tests.support.graphs import fuse
+
+pytestmark = pytest.mark.usefixtures("groups")
+
+Placed = list[tuple[str, str | None]]
+"""The all_reduces of a row with the strategy at each."""
+
+
+def placed(graph: fx.Graph, report: Report) -> Placed:
+    """What a rewritten graph has where each all_reduce of its report was."""
+    found: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        if PROVENANCE in node.meta:
+            found.setdefault(node.meta[SITE], set()).add(node.meta[PROVENANCE])
+    assert all(len(strategies) == 1 for strategies in found.values()), found
+    assert set(found) <= {site.node for site in report.sites}
+    return [(site.node, next(iter(found.get(site.node, {None})))) for site in report.sites]
+
+
+def named(report: Report) -> Placed:
+    """What a report says of each all_reduce."""
+    return [(site.node, site.strategy) for site in report.sites]
+
+
+def both(rows: Sequence[Row]) -> list[tuple[Placed, Placed]]:
+    """What a dry run names in each row, and what the pass then places."""
+    function, dynamic = together(rows), rows[0].dynamic
+    with torch.no_grad(), captured():
+        explained = fusion_core.explain(function, *given(rows), dynamic=dynamic)
+        fused = fuse(function, *given(rows), dynamic=dynamic)
+    there = placed(fused.graphs[0], fused.reports[0])
+    return list(zip(split(rows, named(explained)), split(rows, there), strict=True))
+
+
+@pytest.fixture(scope="module")
+def found(groups: str) -> ByRow[tuple[Placed, Placed]]:
+    return ByRow(ROWS, both)
+
+
+@pytest.mark.parametrize("row", [*CASES, *NEAR_MISSES])
+def test_what_explain_names_is_placed(row: Row, found: ByRow[tuple[Placed, Placed]]) -> None:
+    explained, there = found[row]
+    assert explained
+    assert explained == there
+
+
+def chain(pattern: str) -> Callable[..., Any]:
+    """A pattern as a model writes it. Numbers stand in it: with ``dynamic=True`` others would be symbols."""
+    kind = pattern.rpartition("rms_norm")[2].removeprefix("_")
+
+    def model(x: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+        total = r + reduce(x) if pattern.startswith(ADD) else reduce(x)
+        if pattern == BARE:
+            return total * 2
+        wide = total.float()
+        n = w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(total.dtype)
+        if not kind:
+            return n, total
+        if kind == "nvfp4":
+            return *quantize(n, s, is_sf_swizzled_layout=False), total
+        if kind == "mxfp4":
+            return *quantize(n, None, **MXFP4), total
+        values = n.float().view(*n.shape[:-1], 2, 128) if kind == "group_fp8" else n.float()
+        if kind != "static_fp8":
+            s = values.abs().amax(-1, keepdim=True) / 448.0
+        codes = (values / s).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(n.shape)
+        return (codes, total) if kind == "static_fp8" else (codes, s.view(*n.shape[:-1], -1), total)
+
+    return model
+
+
+TENSORS = Given(shape=(3, WIDE), more=(lambda: torch.tensor([0.05]),))
+ONE_OF_EACH = [Case(pattern.name, chain(pattern.name), pattern.name, given=TENSORS) for pattern in CORE_PATTERNS]
+
+
+@dataclass
+class Whole:
+    """The rows of all patterns in one graph, explained, and compiled and run by all of Inductor."""
+
+    explained: Report
+    there: list[Placed]
+    results: list[Any]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((torch.no_grad, False), id="no_grad-static"),
+        pytest.param((torch.inference_mode, True), id="inference_mode-dynamic"),
+        pytest.param((torch.no_grad, True), id="no_grad-dynamic", marks=pytest.mark.nightly),
+        pytest.param((torch.inference_mode, False), id="inference_mode-static", marks=pytest.mark.nightly),
+    ],
+)
+def whole(request: pytest.FixtureRequest, groups: str) -> Whole:
+    around, dynamic = request.param
+    there: list[Placed] = []
+    run = FusionPass.run
+
+    def looked(own: FusionPass, graph: fx.Graph) -> Report:
+        report = run(own, graph)
+        if not own.dry_run:
+            there.append(placed(graph, report))
+        return report
+
+    function = together(ONE_OF_EACH)
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch, torch._inductor.config.patch(fx_graph_cache=False), around():
+        patch.setattr(FusionPass, "run", looked)
+        explained = fusion_core.explain(function, *given(ONE_OF_EACH), dynamic=dynamic)
+        assert there == []
+        compiled = torch.compile(function, backend="fusion_core", dynamic=dynamic, fullgraph=True)
+        return Whole(explained, there, compiled(*given(ONE_OF_EACH)))
+
+
+def test_all_of_inductor_places_what_explain_names(whole: Whole) -> None:
+    assert whole.there == [named(whole.explained)]
+    assert [site.strategy for site in whole.explained.sites] == [f"reference.{row.name}" for row in ONE_OF_EACH]
+
+
+@pytest.mark.parametrize("row", ONE_OF_EACH, ids=lambda row: row.name)
+def test_its_numbers_are_as_near_to_float64(whole: Whole, row: Case) -> None:
+    place = ONE_OF_EACH.index(row)
+    results = whole.results[place]
+    if not row.name.endswith("fp4"):
+        judging.check_values(row, Outcome((), results, TENSORS()))
+        return
+    scale = TENSORS()[-1]
+    dequantize = functools.partial(dequantize_nvfp4, global_scale=scale, scale_layout="linear")
+    if row.name.endswith("mxfp4"):
+        dequantize = functools.partial(dequantize_mxfp4)
+    plain = row.function(*TENSORS())
+    base, _ = row.name.rsplit("_", 1)
+    _, (exact, total, *_) = judging.plain_and_exact(chain(base), TENSORS)
+    values = [dequantize(codes, block_scales, dtype=torch.float64) for codes, block_scales, _ in (results, plain)]
+    assert excess(*values, exact, torch.bfloat16) <= 1
+    judging.check_tensor(results[-1], plain[-1], total, torch.bfloat16)

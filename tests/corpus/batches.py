@@ -14,8 +14,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+import fusion_core
 from fusion_core import SiteReport
 from tests.corpus.case import Case, NearMiss
+from tests.corpus.placing import Placed, named, placed
 from tests.support.graphs import fuse
 
 MOST = 12
@@ -26,11 +28,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one row: its sites, its results, and its tensors behind the run."""
+    """What became of one row: its sites, its results, its tensors behind the run, and what the graph has there."""
 
     sites: Sequence[SiteReport]
     results: Any
     inputs: tuple[Tensor, ...]
+    placed: Placed
 
 
 def batches(rows: Iterable[Row]) -> list[tuple[Row, ...]]:
@@ -72,17 +75,23 @@ def compiled(rows: Sequence[Row]) -> list[Outcome]:
     inputs = given(rows)
     with captured():
         fused = fuse(together(rows), *inputs, dynamic=rows[0].dynamic)
-    return [
-        Outcome(sites, results, tensors)
-        for sites, results, tensors in zip(split(rows, fused.sites), fused.results, inputs, strict=True)
-    ]
+    there = placed(fused.graphs[0], fused.reports[0])
+    found = zip(split(rows, fused.sites), fused.results, inputs, split(rows, there), strict=True)
+    return [Outcome(*each) for each in found]
+
+
+def explained(rows: Sequence[Row]) -> list[Placed]:
+    """What a dry run names in each row."""
+    with torch.no_grad(), captured():
+        report = fusion_core.explain(together(rows), *given(rows), dynamic=rows[0].dynamic)
+    return split(rows, named(report))
 
 
 class WrongCount(Exception):
     """A graph of several rows whose sites cannot be told apart."""
 
 
-def split(rows: Sequence[Row], found: Sequence[Any]) -> list[Sequence[Any]]:
+def split(rows: Sequence[Row], found: Sequence[Any]) -> list[Any]:
     """The sites of a graph row by row, in whose order they are.
 
     Raises:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tests.corpus import all_reduces
-from tests.corpus.batches import ByRow, Outcome, compiled
+from tests.corpus.batches import ByRow, Outcome, Row, compiled, explained
 from tests.corpus.case import Case, NearMiss
 from tests.corpus.judging import judge, judge_near_miss
+from tests.corpus.placing import Placed
 from tests.corpus.rows import CASES, NEAR_MISSES, ROWS
 
 pytestmark = pytest.mark.usefixtures("groups")
@@ -17,6 +18,11 @@ pytestmark = pytest.mark.usefixtures("groups")
 @pytest.fixture(scope="module")
 def outcomes(groups: str) -> ByRow[Outcome]:
     return ByRow(ROWS, compiled)
+
+
+@pytest.fixture(scope="module")
+def dry(groups: str) -> ByRow[Placed]:
+    return ByRow(ROWS, explained)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -29,17 +35,23 @@ def test_what_only_looks_like_the_chain_is_left_alone_with_a_reason(miss: NearMi
     judge_near_miss(miss, outcomes[miss])
 
 
+@pytest.mark.parametrize("row", [*CASES, *NEAR_MISSES])
+def test_what_explain_names_is_placed(row: Row, dry: ByRow[Placed], outcomes: ByRow[Outcome]) -> None:
+    assert dry[row]
+    assert dry[row] == outcomes[row].placed
+
+
 def test_each_site_knows_its_own_group(outcomes: ByRow[Outcome]) -> None:
     row = next(case for case in all_reduces.CASES if case.name == "two groups, the second")
     default, second = outcomes[row].sites
     assert second.attributes["group"] == all_reduces.SECOND["name"] != default.attributes["group"]
 
 
-def test_the_rows_of_each_graph_are_judged_in_it(outcomes: ByRow[Outcome]) -> None:
+def test_the_rows_of_each_graph_are_judged_in_it(outcomes: ByRow[Outcome], dry: ByRow[Placed]) -> None:
     """Otherwise each of them is compiled alone, which nothing else would show."""
     for row in ROWS:
-        outcomes[row]
-    assert outcomes.given_up == {}
+        assert len(outcomes[row].placed) == len(dry[row])
+    assert outcomes.given_up == dry.given_up == {}
     assert len(outcomes.batches) < len(ROWS) / 8
 
 

@@ -1,14 +1,13 @@
-"""The strategy that a dry run names at a site is the one that ``torch.compile`` then puts there, in every row.
+"""The strategy that a dry run names at a site is the one that ``torch.compile`` then puts there.
 
-What is there is read off the rewritten graph: each node of a strategy says whose it is, and of which all_reduce. All
-rows go through Inductor up to its post-grad passes, which run in Inductor's own state (`tests.test_dispatch_state`);
-one row of each pattern goes through all of Inductor, and its numbers are judged as well.
+One row of each pattern goes through all of Inductor, and its numbers are judged as well. All rows of the corpus are
+asked in ``test_corpus.py``, up to the post-grad passes, in Inductor's own state (`tests.test_dispatch_state`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,59 +17,16 @@ from torch import Tensor, fx
 
 import fusion_core
 from fusion_core import FusionPass, Report
-from fusion_core.pairing import PROVENANCE, SITE
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.vocabulary.fp4 import dequantize_mxfp4, dequantize_nvfp4
 from tests.corpus import judging
-from tests.corpus.batches import ByRow, Outcome, Row, captured, given, split, together
+from tests.corpus.batches import Outcome, given, together
 from tests.corpus.case import ADD, BARE, WIDE, Case, Given, reduce
-from tests.corpus.rows import CASES, NEAR_MISSES, ROWS
+from tests.corpus.placing import Placed, named, placed
 from tests.dialects.test_flashinfer import MXFP4, quantize
 from tests.properties.jobs import excess
-from tests.support.graphs import fuse
 
 pytestmark = pytest.mark.usefixtures("groups")
-
-Placed = list[tuple[str, str | None]]
-"""The all_reduces of a row with the strategy at each."""
-
-
-def placed(graph: fx.Graph, report: Report) -> Placed:
-    """What a rewritten graph has where each all_reduce of its report was."""
-    found: dict[str, set[str]] = {}
-    for node in graph.nodes:
-        if PROVENANCE in node.meta:
-            found.setdefault(node.meta[SITE], set()).add(node.meta[PROVENANCE])
-    assert all(len(strategies) == 1 for strategies in found.values()), found
-    assert set(found) <= {site.node for site in report.sites}
-    return [(site.node, next(iter(found.get(site.node, {None})))) for site in report.sites]
-
-
-def named(report: Report) -> Placed:
-    """What a report says of each all_reduce."""
-    return [(site.node, site.strategy) for site in report.sites]
-
-
-def both(rows: Sequence[Row]) -> list[tuple[Placed, Placed]]:
-    """What a dry run names in each row, and what the pass then places."""
-    function, dynamic = together(rows), rows[0].dynamic
-    with torch.no_grad(), captured():
-        explained = fusion_core.explain(function, *given(rows), dynamic=dynamic)
-        fused = fuse(function, *given(rows), dynamic=dynamic)
-    there = placed(fused.graphs[0], fused.reports[0])
-    return list(zip(split(rows, named(explained)), split(rows, there), strict=True))
-
-
-@pytest.fixture(scope="module")
-def found(groups: str) -> ByRow[tuple[Placed, Placed]]:
-    return ByRow(ROWS, both)
-
-
-@pytest.mark.parametrize("row", [*CASES, *NEAR_MISSES])
-def test_what_explain_names_is_placed(row: Row, found: ByRow[tuple[Placed, Placed]]) -> None:
-    explained, there = found[row]
-    assert explained
-    assert explained == there
 
 
 def chain(pattern: str) -> Callable[..., Any]:
@@ -151,7 +107,7 @@ def test_its_numbers_are_as_near_to_float64(whole: Whole, row: Case) -> None:
     place = ONE_OF_EACH.index(row)
     results = whole.results[place]
     if not row.name.endswith("fp4"):
-        judging.check_values(row, Outcome((), results, TENSORS()))
+        judging.check_values(row, Outcome((), results, TENSORS(), []))
         return
     scale = TENSORS()[-1]
     dequantize = functools.partial(dequantize_nvfp4, global_scale=scale, scale_layout="linear")

@@ -15,7 +15,7 @@ from torch.distributed import _functional_collectives as funcol
 from fusion_core import FusionConfig, FusionPass, Report
 from fusion_core._inductor import post_grad_only
 from tests.corpus.case import norm
-from tests.models.jobs import reaching_the_group
+from tests.support.collectives import reaching_the_group
 
 HIDDEN, TOKENS = 256, 32
 

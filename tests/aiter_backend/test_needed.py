@@ -27,7 +27,7 @@ HAPPENS = {
 """Class → what may happen at the sites that it refuses; at some, the strategy is right all the same."""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # both sides of each requirement are in `test_sides.py`
 def test_what_a_requirement_refuses_is_wrong_or_slower():
     done = subprocess.run(
         [sys.executable, "-m", "tests.aiter_backend.without"], cwd=ROOT, env={**os.environ, "GPU_ARCHS": "gfx942"},

@@ -22,11 +22,12 @@ from torch.overrides import TorchFunctionMode
 
 import fusion_core
 from fusion_core import FusionConfig, FusionPass
-from fusion_core._inductor import CustomGraphPass, post_grad_only
+from fusion_core._inductor import post_grad_only
 from fusion_core.pairing import PROVENANCE
 from fusion_core.testing.compiled import operators
 from tests.models import plugins
 from tests.models.architectures import VOCABULARY
+from tests.support.collectives import reaching_the_group
 
 BATCH, LENGTH, OTHER_LENGTH = 2, 8, 11
 
@@ -68,23 +69,6 @@ class Outcome:
     finite: bool = False
     dead_rows: int = -1
     seconds: float = 0.0
-
-
-class Watch(CustomGraphPass):
-    """A pass, and what it did to each graph."""
-
-    def __init__(self, own: FusionPass) -> None:
-        self.own = own
-        self.graphs: list[Graph] = []
-
-    def __call__(self, graph: fx.Graph) -> None:
-        self.graphs.append(watched(self.own, graph))
-
-    def uuid(self) -> Any:
-        return self.own.uuid()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Watch":
-        return self
 
 
 def watched(run: Callable[[fx.Graph], None], graph: fx.Graph) -> Graph:
@@ -211,13 +195,6 @@ def _may_grow(cache: transformers.DynamicCache) -> None:
         torch._dynamo.mark_dynamic(layer.values, 2)
 
 
-def reaching_the_group(run: Callable[[], Any]) -> Counter[str]:
-    """The collectives that arrive at gloo while something runs, by the events of its own C++ code."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run()
-    return Counter({e.key.removeprefix("gloo:"): e.count for e in profile.key_averages() if e.key.startswith("gloo:")})
-
-
 def survey(path: Path, dtype: torch.dtype, settings: list[Setting], backend: str = "reference") -> dict[str, Outcome]:
     """Every setting up to Inductor's post-grad graph, which then runs eagerly, with and without fusion."""
     return {str(setting): _survey(path, dtype, setting, backend) for setting in settings}
@@ -231,24 +208,24 @@ def _survey(path: Path, dtype: torch.dtype, setting: Setting, backend: str) -> O
         if hasattr(plugins, backend)
         else FusionPass(FusionConfig(order=(backend,), merge=True))
     )
-    model, outcome, watch, fuse = load(path, dtype), Outcome(), Watch(own), True
+    model, outcome = load(path, dtype), Outcome()
+    without: list[tuple[fx.GraphModule, fx.Graph]] = []
 
-    def both(graph_module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        """One capture, compiled twice: what differs is the pass alone."""
-        without = post_grad_only(_nothing)(copy.deepcopy(graph_module), inputs)
-        with_fusion = post_grad_only(watch)(graph_module, inputs)
-        return lambda *args: (with_fusion if fuse else without)(*args)
+    def look(graph: fx.Graph) -> None:
+        """One compilation for both runs: what differs is the pass alone."""
+        without.append((graph.owning_module, copy.deepcopy(graph)))
+        outcome.graphs.append(watched(own, graph))
 
     def count() -> None:
-        outcome.compiled_after_call.append(len(watch.graphs))
+        outcome.compiled_after_call.append(len(outcome.graphs))
 
-    compiled = torch.compile(model, backend=both, fullgraph=True)
+    compiled = torch.compile(model, backend=post_grad_only(look), fullgraph=True)
     fused = generate(model, compiled, setting, count)
     outcome.fused = reaching_the_group(lambda: generate(model, compiled, setting, count))
-    fuse = False
+    for module, graph in without:
+        module.graph = graph
     unfused: list[torch.Tensor] = []
     outcome.unfused = reaching_the_group(lambda: unfused.extend(generate(model, compiled, setting, count)))
-    outcome.graphs = watch.graphs
     compare(outcome, fused, unfused, exact_logits(path, dtype, setting))
     outcome.seconds = time.process_time() - started
     return outcome
@@ -256,29 +233,6 @@ def _survey(path: Path, dtype: torch.dtype, setting: Setting, backend: str) -> O
 
 def _nothing(graph: fx.Graph) -> None:
     pass
-
-
-def survey_once(path: Path) -> Outcome:
-    """The same in bfloat16 with static shapes and no cache, from one compilation: cheap, for many models."""
-    torch._dynamo.reset()
-    setting = Setting(dynamic=False, cached=False, mode="no_grad")
-    own = FusionPass(FusionConfig(order=("reference",), merge=True))
-    model, outcome = load(path, torch.bfloat16), Outcome()
-    without: list[tuple[fx.GraphModule, fx.Graph]] = []
-
-    def look(graph: fx.Graph) -> None:
-        without.append((graph.owning_module, copy.deepcopy(graph)))
-        outcome.graphs.append(watched(own, graph))
-
-    compiled = torch.compile(model, backend=post_grad_only(look), fullgraph=True)
-    fused = generate(model, compiled, setting)
-    outcome.fused = reaching_the_group(lambda: generate(model, compiled, setting))
-    for module, graph in without:
-        module.graph = graph
-    unfused: list[torch.Tensor] = []
-    outcome.unfused = reaching_the_group(lambda: unfused.extend(generate(model, compiled, setting)))
-    compare(outcome, fused, unfused, exact_logits(path, torch.bfloat16, setting))
-    return outcome
 
 
 def compare(

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from fusion_core import FusionConfig, FusionPass
 from fusion_core._inductor import post_grad_only
-from tests.models.jobs import reaching_the_group
+from tests.support.collectives import reaching_the_group
 
 HIDDEN = 16
 EPS = 1e-5

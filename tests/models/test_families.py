@@ -14,7 +14,7 @@ from examples import recognised_models
 from fusion_core.workers import WorkerPool
 from tests.models.architectures import FAMILIES, LAYERS
 from tests.models.conftest import assert_answers_are_as_near_to_float64
-from tests.models.jobs import Outcome, survey_once
+from tests.models.jobs import Outcome, Setting, survey
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -43,6 +43,7 @@ class Row:
     merges: int = 0
 
 
+ONCE = Setting(dynamic=False, cached=False, mode="no_grad")
 PRE_NORM = Row((FIRST, ADD, ADD, ADD, LAST))
 POST_NORM = Row((BARE, NORM, NORM, NORM, NORM), refused={(0,): ("structure", "needs rms_norm of it")})
 BY_MEAN = ("mean", "as LayerNorm takes it")
@@ -87,7 +88,7 @@ def outcome(pool: WorkerPool, checkpoint: Callable[[str], Path]) -> Outcomes:
 
     def get(name: str) -> Outcome:
         if name not in found:
-            found[name] = pool.run(survey_once, checkpoint(name))[0]
+            found[name] = pool.run(survey, checkpoint(name), torch.bfloat16, [ONCE])[0][str(ONCE)]
         return found[name]
 
     return get

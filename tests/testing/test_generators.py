@@ -28,7 +28,13 @@ from fusion_core.vocabulary import all_reduce, rms_norm
 from tests.testing.wrong_backends import ELSEWHERE, PATTERN
 
 PATTERNS = {each.name: each for each in CORE_PATTERNS}
-SEARCH = hypothesis.settings(max_examples=1000, database=None, derandomize=True, deadline=None)
+SEARCH = hypothesis.settings(
+    max_examples=1000,
+    database=None,
+    derandomize=True,
+    deadline=None,
+    phases=[hypothesis.Phase.generate],  # whether there is one; which is the simplest takes most of the time
+)
 
 
 @pytest.mark.parametrize("name", PATTERNS)

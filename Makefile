@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := -c constraints.txt --build-constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-nightly test-faults test-gpu lint wheel-test example-test clean
+.PHONY: help setup demo test test-nightly durations test-faults test-gpu lint wheel-test example-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test: $(STAMP) ## run the tests; more arguments by PYTEST_ARGS="-k name -n 4"
 
 test-nightly: $(STAMP) ## run every test, with many more generated examples and in fresh interpreters
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest --timeout 3600 --campaign $(PYTEST_ARGS)
+
+durations: $(STAMP) ## run the tests and record how long each takes: which start first, and what is marked slow
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not nightly" --record-durations $(PYTEST_ARGS)
 
 test-faults: $(STAMP) ## run the fault campaign whole, and print its table
 	$(BIN)/pytest tests/faults --campaign $(PYTEST_ARGS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusion_core import workers
-from tests.support import forked, profiles
+from tests.support import durations, forked, profiles
 from tests.support.device import BACKEND, DEVICE
 
 profiles.load()
@@ -23,6 +23,16 @@ def _devices(kind: str) -> int:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign", action="store_true", help="the fault campaign whole, with a table of its verdicts")
+    parser.addoption("--record-durations", action="store_true", help="write tests/durations.json anew")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(durations.Recorder())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    durations.apply(items)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

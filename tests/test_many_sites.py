@@ -42,7 +42,6 @@ def test_the_work_for_a_site_does_not_grow_with_their_number() -> None:
     assert (many - some) / 120 <= 1.02 * (some - few) / 100, "of what is done once, nothing counts"
 
 
-@pytest.mark.slow
 def test_a_report_of_two_thousand_sites_is_small_and_as_quick_to_make_for_each_site() -> None:
     _, few = reported(200)
     report, many = reported(2000)

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from fusion_core import FusionConfig, Registry
 from fusion_core.support import support_table
 
@@ -50,7 +48,6 @@ def test_links_lead_to_files() -> None:
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.slow
 def test_the_first_program_prints_the_report_that_the_readme_shows(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig

@@ -32,7 +32,6 @@ def run(arch: str, options: str) -> tuple[int, str]:
 
 # gfx942 is the same code with the other FP8 dtype, which `test_seed_cases.py` and `test_model_numbers.py` run as well; and
 # one-stage kernels are the same calls with another flag, which `test_calls.py` compares whole.
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("arch", "options", "count"),

@@ -64,7 +64,6 @@ def theirs(family, shape, made):
     ).last_hidden_state[:, 0]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -106,7 +105,6 @@ def joined(parts, name):
     return one
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("one_rank")
 @torch.no_grad()
 def test_two_ranks_give_together_what_one_gives_with_the_weights_of_both():

@@ -33,7 +33,6 @@ def torchrun(*arguments, status=0):
     return done
 
 
-@pytest.mark.slow
 def test_a_shape_as_table_and_plot(tmp_path):
     plot = tmp_path / "gain.svg"
     few = shlex.split("--layers 1 --context 16 --batches 1,4 --rounds 3 --seconds 0.02 --watchdog 400")
@@ -53,7 +52,6 @@ def test_a_shape_as_table_and_plot(tmp_path):
     assert "Timeout" not in done.stderr
 
 
-@pytest.mark.slow
 def test_a_function_as_json_where_a_gain_is_too_small():
     few = shlex.split("--batches 2,4 --dynamic --rounds 2 --seconds 0.02 --fail-below 1000 --order reference --json")
     done = torchrun("bench", "examples/bench_step.py:step", *few, status=1)

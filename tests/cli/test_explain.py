@@ -57,7 +57,6 @@ def user(tmp_path, monkeypatch):
     assert not dist.is_initialized()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("user")
 def test_text(run):
     text = run("explain", "user_model:build").stdout
@@ -68,7 +67,6 @@ def test_text(run):
     assert "-> reference.all_reduce_add_rms_norm" in text
 
 
-@pytest.mark.slow
 def test_json_and_html(run, user):
     result = run("explain", "user_model.py:build", "--json", "--html", "report.html", "--order", "reference")
     report = json.loads(result.stdout)

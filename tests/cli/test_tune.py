@@ -205,7 +205,6 @@ def test_what_breaks_off_writes_nothing_and_the_watchdog_is_called_off(
     assert [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("options", "status"), [(("--patterns", ADD), 0), (("--patterns", ADD, "--order", "none"), 1)])
 def test_the_whole_way(tmp_path, monkeypatch, options, status):
     """Two real processes; the table is found by the next process that looks for one."""

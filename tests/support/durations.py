@@ -1,0 +1,66 @@
+"""How long each test took when that was last recorded: what `slow` is, and which files start first.
+
+``make durations`` records them in ``tests/durations.json``: seconds of each file, and of each test that is slow.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[1] / "durations.json"
+SLOW = 5.0
+"""Seconds from which on a test is slow, on two cores that do nothing else."""
+
+
+@functools.cache
+def _recorded() -> dict[str, dict[str, float]]:
+    return json.loads(FILE.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def apply(items: list[pytest.Item]) -> None:
+    """Mark what is slow, and put long files first: the last one alone would keep one core waiting."""
+    for item in items:
+        if item.nodeid in _recorded()["slow"]:
+            item.add_marker(pytest.mark.slow)
+    files = _recorded()["files"]
+    items.sort(key=lambda item: -files.get(_file(item.nodeid), 0.0))  # stable: a file stays whole
+
+
+class Recorder:
+    """Adds up what pytest reports, here or from its workers, and writes the file at the end."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Setup, call and teardown alike."""
+        self.seconds[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        """What ran replaces its files' entries, whole; others stay, where their file still exists."""
+        files: defaultdict[str, float] = defaultdict(float)
+        for nodeid, seconds in self.seconds.items():
+            files[_file(nodeid)] += seconds
+        slow = {nodeid: seconds for nodeid, seconds in self.seconds.items() if seconds >= SLOW}
+        kept = {
+            kind: {name: seconds for name, seconds in recorded.items() if _file(name) not in files and _exists(name)}
+            for kind, recorded in _recorded().items()
+        }
+        data = {
+            "files": {name: round(seconds, 1) for name, seconds in sorted((kept["files"] | files).items())},
+            "slow": {name: round(seconds, 1) for name, seconds in sorted((kept["slow"] | slow).items())},
+        }
+        FILE.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+def _exists(nodeid: str) -> bool:
+    return (FILE.parents[1] / _file(nodeid)).exists()

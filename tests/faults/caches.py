@@ -188,6 +188,7 @@ KEPT = (
     _of_report("a pipe", "a pipe stands in its place", _instead(os.mkfifo)),
     _of_report("a folder", "a folder stands in its place", _instead(Path.mkdir)),
     _of_report("a link to itself", "a link stands in its place", _instead(lambda file: file.symlink_to(file))),
+    _of_report("not readable", "reading it is an error", _instead(lambda file: file.symlink_to("/proc/self/mem"))),
     _of_report("an endless file", "a link to a device stands in its place", _instead(lambda file: file.symlink_to("/dev/zero"))),
     _of_report("no folder", "a file stands in the folder's place", _no_folder),
     _row("report: not written", "a file stands in the folder's place when it is written", f"compiled, 1 site; then {NOBODY}", what="full"),

@@ -186,6 +186,7 @@ ROWS = (
     _of_plugin("installed", "what is made at run time", "the plugin writes beside its modules", _write("acme/made.so"), "the same key"),
     _of_plugin("editable", "a hidden file", "an editor leaves a file", _write("acme/.helper.py.swp"), "the same key"),
     _of_plugin("editable", "a pipe", "a pipe lies in the package", _pipe("acme/pipe.py")),
+    _of_plugin("editable", "a file that cannot be read", "reading a file is an error", lambda root: (root / "acme/more.py").symlink_to("/proc/self/mem")),
     _of_plugin("editable", "a link to itself", "a link leads to itself", _link("acme/again.py", "acme/again.py")),
     _of_plugin("editable", "a link to its folder", "a link leads to the package that it is in", _link("acme/deep/again", "acme"), "the same key"),
     _of_plugin("editable", "a folder for a module", "a folder stands in a module's place", _folder("acme/helper.py")),

@@ -28,13 +28,17 @@ def main() -> None:
         app(prog_name="fusion-core")
     except KeyboardInterrupt:  # while torch is imported, or while the interrupted command cleans up
         sys.exit(130)
+    finally:
+        if "--json" in sys.argv:  # the answer is out: what libraries say when the interpreter ends is no part of it
+            os.dup2(2, 1)
 
 
 def _check_streams() -> None:
     """An answer that goes nowhere is a wrong call, and a character that the locale lacks is no reason to give none."""
     if sys.stderr is None:
-        # kept open on purpose; what is opened next would take its number, and libraries write to that
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        # under its own number: what is opened next would take it, and libraries write to that
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     if sys.stdout is None:
         sys.stderr.write(
             "fusion-core: stdout is closed, needs a file, a pipe or a terminal; >/dev/null drops the answer\n"

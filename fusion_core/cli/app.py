@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import pkgutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -13,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from fusion_core.cli import commands
+from fusion_core.cli.output import stdout_to_stderr
 from fusion_core.errors import FusionError
 
 # Newer versions of typer bring their own click, older ones use the package: typer's own subclass knows which.
@@ -89,8 +92,22 @@ def _make() -> typer.Typer:
 
     for found in pkgutil.iter_modules(commands.__path__):
         module = importlib.import_module(f"{commands.__name__}.{found.name}")
-        made.command(found.name.replace("_", "-"))(getattr(module, found.name))
+        made.command(found.name.replace("_", "-"))(_json_alone(getattr(module, found.name)))
     return made
+
+
+def _json_alone(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with nothing but its own JSON on stdout where that is asked for: plugins print as they like."""
+
+    @functools.wraps(command)
+    def run(*, as_json: bool, **given: Any) -> None:
+        if not as_json:
+            command(as_json=as_json, **given)
+            return
+        with stdout_to_stderr():
+            command(as_json=as_json, **given)
+
+    return run
 
 
 app = _make()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
@@ -45,9 +47,45 @@ def try_to_write(folder: Path) -> None:
         trial.flush()
 
 
+_kept: list[tuple[TextIO, int]] = []
+"""Stdout as it was before each `stdout_to_stderr`: the stream, and a copy of its file's number."""
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Stdout belongs to the answer: what plugins, kernel libraries and the user's code say meanwhile goes to stderr.
+
+    Whether they are Python or not, in this process or in one that it starts.
+    """
+    sys.stdout.flush()
+    number = os.dup(1)
+    _kept.append((sys.stdout, number))
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _kept.pop()
+        os.dup2(number, 1)
+        os.close(number)
+
+
 def print_json(value: Any) -> None:
-    """Print plain JSON types on stdout."""
-    typer.echo(json.dumps(value, indent=2))
+    """Print plain JSON types on stdout, inside of `stdout_to_stderr` too."""
+    text = json.dumps(value, indent=2)
+    if not _kept:
+        typer.echo(text)
+        return
+    stream, number = _kept[0]
+    now = os.dup(1)
+    os.dup2(number, 1)
+    try:
+        with redirect_stdout(stream):
+            typer.echo(text)
+            stream.flush()
+    finally:
+        os.dup2(now, 1)
+        os.close(now)
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:

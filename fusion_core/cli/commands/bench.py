@@ -117,10 +117,7 @@ def bench(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: reports name them
         registry = Registry.load(config)  # an order or option that cannot be used is an error before the model is built
-    with (
-        contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext(),
-        _Progress(watchdog) as progress,
-    ):
+    with _Progress(watchdog) as progress:
         measured = subject(function, shape, layers, context, sizes)
         if not dist.is_initialized() and launched is None:
             raise ConfigError(

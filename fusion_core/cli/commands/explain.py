@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -50,11 +48,10 @@ def explain(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: the report names them
         registry = Registry.load(config)  # an order or option that cannot be used is an error before the model is built
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        build = find(function)
-        with process_group() as rank:
-            check_same(**choices(config, registry))
-            report = _run(function, build, config)
+    build = find(function)
+    with process_group() as rank:
+        check_same(**choices(config, registry))
+        report = _run(function, build, config)
     if rank:
         return
     if html is not None:

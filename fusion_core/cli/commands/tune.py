@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import os
 import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fusion_core.cli.launch import launch
 from fusion_core.cli.options import Json, Options, Order, Strict, make_config
+from fusion_core.cli.output import stdout_to_stderr
 from fusion_core.cli.process_group import check_same, choices, command, process_group
 from fusion_core.cli.tuned import check_can_keep, finish
 from fusion_core.errors import ConfigError
@@ -107,7 +107,7 @@ def tune(
             began = time.monotonic()
             asks = {"patterns": patterns, "hidden": hidden, "tokens": tokens, "dtype": dtype.value}
             check_same(**choices(config, registry), **asks)
-            with _stdout_to_stderr():
+            with stdout_to_stderr():
                 tuned = _measure(registry, asked, sizes, counts, dtype.value, budget, rank)
             if rank == 0:
                 finish(tuned, output, plot, as_json, time.monotonic() - began)
@@ -175,20 +175,6 @@ def _measure(
     chosen = [pattern for pattern in chosen if pattern.name in common]
     with _Progress(len(chosen) * len(hidden) * len(tokens), rank == 0) as progress:
         return run(plan, ranks, clock_for(ranks, device), chosen, hidden, tokens, budget, command(), progress.said)
-
-
-@contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Stdout belongs to the answer: what kernel libraries and compilers say, in Python or not, goes to stderr."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _leave(status: int) -> None:

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fusion_core.config import FusionConfig
-from fusion_core.decide import Decision
+from fusion_core.decision import Decision
 from fusion_core.errors import BackendError, ConfigError, FusionError, PatternError, RanksDiffer
 from fusion_core.history import last_report, reports
 from fusion_core.hookspecs import hookimpl

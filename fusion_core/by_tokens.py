@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -29,12 +29,10 @@ from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.per_group import capturing
 from fusion_core.preferences import Preferences
+from fusion_core.registry import Registry
 from fusion_core.requirements import Requirement
 from fusion_core.strategy import Strategy
 from fusion_core.tracing import scalars
-
-if TYPE_CHECKING:
-    from fusion_core.registry import Registry
 
 MOST_OUTPUTS = 6
 """An operator's schema says how many results it has; patterns have up to five."""
@@ -256,8 +254,6 @@ def pattern_of(name: str) -> Pattern:
 
 @functools.cache
 def _installed() -> Registry:
-    from fusion_core.registry import Registry
-
     return Registry.load(FusionConfig(order=None, strict=False, options=()))
 
 

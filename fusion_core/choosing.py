@@ -15,20 +15,14 @@ from itertools import pairwise
 from typing import Any
 
 from fusion_core.asking import Terms, shown
+from fusion_core.by_tokens import guarded
+from fusion_core.candidate import Candidate, Standing, Verdict
 from fusion_core.config import DETERMINISTIC
-from fusion_core.decide import (
-    Candidate,
-    Choice,
-    Decision,
-    Usable,
-    Verdict,
-    able,
-    best_first,
-    unprofitable,
-)
-from fusion_core.figures import Figure, figure, is_definition
-from fusion_core.nearest import Standing
+from fusion_core.decision import Choice, Decision, Figure
+from fusion_core.eligibility import able, unprofitable
+from fusion_core.figures import figure
 from fusion_core.patterns.definition import Pattern
+from fusion_core.ranking import Usable, best_first
 from fusion_core.reason import Reason, Stage
 from fusion_core.registry import Registry
 from fusion_core.run_time_site import to_data
@@ -64,7 +58,7 @@ class Eligible:
     @property
     def defines(self) -> bool:
         """Whether it is its pattern's own definition."""
-        return is_definition(self.strategy, self.pattern)
+        return self.strategy.is_definition(self.pattern)
 
     def asks(self, registry: Registry, found: Figure | None) -> tuple[int, ...]:
         """What each call asks: places in the strategy's ``requires`` and, behind them, ``worthwhile``."""
@@ -236,8 +230,6 @@ def _candidate(
         (each.first, None if each.strategy is None or _defines(used[each.strategy], registry) else each.strategy)
         for each in made
     )
-    from fusion_core.by_tokens import guarded  # torch.library, which a mere listing of backends does not need
-
     asks = tuple(asks for _, asks in chosen) if any(asks for _, asks in chosen) else ()
     form = to_data(place.site) if asks else None
     strategy = guarded(place.match, paths, used, registry.config, registry.patterns, asks, form)
@@ -245,4 +237,4 @@ def _candidate(
 
 
 def _defines(strategy: Strategy, registry: Registry) -> bool:
-    return is_definition(strategy, registry.patterns[strategy.pattern])
+    return strategy.is_definition(registry.patterns[strategy.pattern])

@@ -58,7 +58,7 @@ class Backend:
         if taken.hits > 0:
             names = [name for name in taken.labels if name not in compiled_now]
             kept = [report for name in names if (report := report_cache.load(name)) is not None]
-            for report in kept or [Report(())]:
+            for report in kept or [Report(sites=())]:
                 history.record(dataclasses.replace(report, origin="cache"), own.config.reports)
         return compiled
 

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from fusion_core.by_tokens import guarded, is_guarded
+from fusion_core.candidate import Candidate
 from fusion_core.config import FusionConfig
-from fusion_core.decide import Candidate
 from fusion_core.dialects.c10d_functional import COALESCED
 from fusion_core.errors import described
 from fusion_core.inserting import Inserter

@@ -16,22 +16,23 @@ from torch import fx
 from fusion_core import history
 from fusion_core._inductor import CustomGraphPass, decompositions
 from fusion_core.asking import FAILED
+from fusion_core.candidate import Verdict
 from fusion_core.common_ground import Common, agree, known, so_far, will_ask
 from fusion_core.config import DETERMINISTIC, FusionConfig
-from fusion_core.decide import Decision, Verdict, judge
+from fusion_core.decide import judge
+from fusion_core.decision import Decision
 from fusion_core.emit import Emitter
 from fusion_core.errors import BackendError
-from fusion_core.figures import is_definition
 from fusion_core.fingerprint import fingerprint, states, tables, version
 from fusion_core.groups import group_name, world_size
-from fusion_core.known_faster import TUNE
 from fusion_core.lifting.collectives import all_reduces, has_all_reduce
 from fusion_core.lifting.readings import Readings
 from fusion_core.lifting.view import LiftedGraph
 from fusion_core.merging import mergeable, merged
-from fusion_core.reason import Reason, Stage
+from fusion_core.reason import TUNE, Reason, Stage
+from fusion_core.record import Merge, SiteReport, site_attributes
 from fusion_core.registry import Registry
-from fusion_core.report import Merge, Report, SiteReport, site_attributes
+from fusion_core.report import Report
 from fusion_core.site import Device
 from fusion_core.tracing import Unplaceable
 from fusion_core.tuning.store import NONE
@@ -175,7 +176,7 @@ class FusionPass(CustomGraphPass):
         pattern = site.pattern if site is not None else "all_reduce"
         if chosen is None:
             return SiteReport(pattern, None, label, attributes, decisions, (), verdict.near_misses)
-        as_before = is_definition(chosen.strategy, self.registry.patterns[chosen.strategy.pattern])
+        as_before = chosen.strategy.is_definition(self.registry.patterns[chosen.strategy.pattern])
         name, choices = chosen.strategy.name, chosen.choices
         return SiteReport(pattern, name, label, attributes, decisions, choices, verdict.near_misses, as_before)
 
@@ -209,21 +210,21 @@ class FusionPass(CustomGraphPass):
         untuned: Mapping[str, tuple[Reason, ...]] = MappingProxyType({}),
     ) -> Report:
         registry = self.registry
+        here = registry.backends if sites else ()
+        unavailable = {name: found for name in here if (found := registry.unavailable(name, device))}
         return Report(
-            sites,
-            tuple(map(str, registry.failures)),
-            {name: reasons for name in registry.backends if (reasons := registry.unavailable(name, device))}
-            if sites
-            else {},
-            str(device),
-            tuple(registry.backends),
-            "explained" if self.dry_run else "compiled",
-            datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            {"fusion_core": version(), "torch": torch.__version__},
-            merges,
-            disagreements,
-            tables,
-            untuned,
+            sites=sites,
+            failures=tuple(map(str, registry.failures)),
+            unavailable=unavailable,
+            device=str(device),
+            order=tuple(registry.backends),
+            origin="explained" if self.dry_run else "compiled",
+            compiled_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            versions={"fusion_core": version(), "torch": torch.__version__},
+            merges=merges,
+            disagreements=disagreements,
+            tables=tables,
+            untuned=untuned,
         )
 
     def uuid(self) -> str | None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fusion_core.reason import Reason
+from fusion_core.reason import TUNE, Reason
 from fusion_core.site import Site
-
-TUNE = "fusion-core tune measures it on this machine"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from fusion_core.lifting.readings import Readings
 from fusion_core.lifting.rule import writers
 from fusion_core.lifting.term import Term
 from fusion_core.reason import Reason
-from fusion_core.report import Merge
+from fusion_core.record import Merge
 
 PROVENANCE = "fusion_core.merged"
 """What nodes are marked with that this adds."""

@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from fusion_core.match import Match
-from fusion_core.patterns.definition import Pattern
+from fusion_core.candidate import Standing
+from fusion_core.decision import NearMiss
 from fusion_core.reason import Reason
 from fusion_core.site import Site
 
 _OF_IT = " of it"
-
-
-@dataclass(frozen=True, slots=True)
-class NearMiss:
-    """A pattern that nearly stands at one all_reduce, and is longer than the one that does.
-
-    Attributes:
-        pattern: The pattern; of several that miss for one reason, the shortest.
-        reason: What is missing.
-    """
-
-    pattern: str
-    reason: Reason
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Standing:
-    """A pattern at one all_reduce: where it stands, or why not, and how many of its steps do."""
-
-    pattern: Pattern
-    match: Match | None
-    site: Site | Reason
-    depth: int
 
 
 ORDINARY = frozenset({"structure", "graph_end", "graph_break"})

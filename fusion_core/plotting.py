@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusion_core._files import write_whole
 from fusion_core.errors import ConfigError
-from fusion_core.report import write_whole
 
 _LEAST_SPAN = 0.1
 """Bars span at least this share of the base: noise of a percent must not fill the screen."""

@@ -58,3 +58,7 @@ class Stage(IntEnum):
     """It can and should run here; another one comes first."""
     CHOSEN = 8
     """It runs here."""
+
+
+TUNE = "fusion-core tune measures it on this machine"
+"""The next step of a reason that a measurement would settle."""

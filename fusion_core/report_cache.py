@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from fusion_core import _inductor
-from fusion_core.report import Report, write_whole
+from fusion_core._files import write_whole
+from fusion_core.report import Report
 
 
 def save(report: Report) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 
 from fusion_core.reason import Stage
-from fusion_core.report import Report, SiteReport
+from fusion_core.record import Record, SiteReport
 from fusion_core.report_text import disagreements, facts, headline, merges, tables
 
 _STYLE = """
@@ -23,7 +23,7 @@ summary { cursor: pointer; padding: .3rem 0; }
 """
 
 
-def page(report: Report) -> str:
+def page(report: Record) -> str:
     """The report as HTML: a line a site, each opening on every strategy that was asked and its reasons."""
     title = escape(headline(report))
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
@@ -71,7 +71,7 @@ def _site(site: SiteReport) -> str:
     )
 
 
-def _unusable(report: Report) -> str:
+def _unusable(report: Record) -> str:
     lines = [f"{name}: {'; '.join(map(str, reasons))}" for name, reasons in report.unavailable.items()]
     lines += report.failures
     return _listed("Not usable here", lines)

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 
-from fusion_core.decide import Choice, Decision
-from fusion_core.figures import Figure
-from fusion_core.nearest import NearMiss
+from fusion_core.decision import Choice, Decision, Figure, NearMiss
 from fusion_core.reason import Reason, Stage
-from fusion_core.report import SCHEMA, Merge, Report, SiteReport
+from fusion_core.record import SCHEMA, Merge, Record, SiteReport
 from fusion_core.site import dtype_name
 
 
@@ -46,7 +44,7 @@ class _Shared:
         return self._known[id(decisions)]
 
 
-def to_dict(report: Report) -> dict[str, Any]:
+def to_dict(report: Record) -> dict[str, Any]:
     """The report as plain JSON types."""
     shared = _Shared()
     sites = [_site(site, shared) for site in report.sites]
@@ -104,8 +102,8 @@ def _site(site: SiteReport, shared: _Shared) -> dict[str, Any]:
     }
 
 
-def from_dict(data: Mapping[str, Any]) -> Report:
-    """The report that `to_dict` gave.
+def fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the report that `to_dict` gave.
 
     Raises:
         ValueError: where the form is another version's.
@@ -125,20 +123,22 @@ def from_dict(data: Mapping[str, Any]) -> Report:
             )
         return shared[key]
 
-    return Report(
-        tuple(_read_site(site, decisions(site)) for site in data["sites"]),
-        tuple(data["failures"]),
-        _heard(data["unavailable"]),
-        data["device"],
-        tuple(data["order"]),
-        data["origin"],
-        data["compiled_at"],
-        data["versions"],
-        tuple(Merge(tuple(merge["nodes"]), _reasons(merge["reasons"]), merge["graph"]) for merge in data["merges"]),
-        _heard(data["disagreements"]),
-        data["tables"],
-        _heard(data["untuned"]),
-    )
+    return {
+        "sites": tuple(_read_site(site, decisions(site)) for site in data["sites"]),
+        "failures": tuple(data["failures"]),
+        "unavailable": _heard(data["unavailable"]),
+        "device": data["device"],
+        "order": tuple(data["order"]),
+        "origin": data["origin"],
+        "compiled_at": data["compiled_at"],
+        "versions": data["versions"],
+        "merges": tuple(
+            Merge(tuple(merge["nodes"]), _reasons(merge["reasons"]), merge["graph"]) for merge in data["merges"]
+        ),
+        "disagreements": _heard(data["disagreements"]),
+        "tables": data["tables"],
+        "untuned": _heard(data["untuned"]),
+    }
 
 
 def _read_site(site: Mapping[str, Any], decisions: tuple[Decision, ...]) -> SiteReport:

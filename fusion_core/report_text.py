@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from fusion_core.decide import Choice, Decision
+from fusion_core.decision import Choice, Decision
 from fusion_core.reason import Stage
-from fusion_core.report import Outcome, Report, SiteReport
+from fusion_core.record import Outcome, Record, SiteReport
 from fusion_core.site import dtype_name
 
 _ORIGINS = {
@@ -24,12 +24,12 @@ _UNSAID = ("inputs", "live", "group", "world_size", "weight_after_cast")
 """Attributes that the line shows in another way, or that most models have."""
 
 
-def text(report: Report) -> str:
+def text(report: Record) -> str:
     """The report as text, without a trailing newline."""
     return "\n".join(_lines(report))
 
 
-def headline(report: Report) -> str:
+def headline(report: Record) -> str:
     """What became of the graph, in one line: first what changed."""
     origin = _ORIGINS[report.origin].format(compiled_at=report.compiled_at)
     if report.origin == "cache" and not report.compiled_at:
@@ -45,7 +45,7 @@ def headline(report: Report) -> str:
     return f"fusion_core: {origin}{said}{where}, on {_ranks(report)}{report.device}"
 
 
-def _counts(report: Report) -> Iterator[str]:
+def _counts(report: Record) -> Iterator[str]:
     """How many sites came to what, those on a kernel first, and the others where there are any."""
     outcomes = Counter(report.outcomes)
     verb = "would be on a kernel" if report.origin == "explained" else "on a kernel"
@@ -62,13 +62,13 @@ def _counts(report: Report) -> Iterator[str]:
         yield f"{outcomes[outcome]} {outcome}{more}"
 
 
-def _ranks(report: Report) -> str:
+def _ranks(report: Record) -> str:
     """The number of ranks, where all sites agree on it."""
     sizes = {site.attributes.get("world_size") for site in report.sites}
     return f"{sizes.pop()} x " if len(sizes) == 1 and None not in sizes else ""
 
 
-def _lines(report: Report) -> Iterator[str]:
+def _lines(report: Record) -> Iterator[str]:
     yield headline(report)
     if report.sites:
         yield ""
@@ -105,7 +105,7 @@ def _lines(report: Report) -> Iterator[str]:
         yield "no backend is in use (order is empty, or none loads)"
 
 
-def merges(report: Report) -> Iterator[str]:
+def merges(report: Record) -> Iterator[str]:
     """What became of all_reduces whose results are added together, a line each."""
     for merge in report.merges:
         where = f"graph {merge.graph}: " if merge.graph else ""
@@ -135,13 +135,13 @@ def _said(choice: Choice) -> str:
     return f"{choice.strategy or 'unfused'}{asked}{measured}"
 
 
-def tables(report: Report) -> Iterator[str]:
+def tables(report: Record) -> Iterator[str]:
     """The tuning tables that decided, and why none did, a line each."""
     yield from (f"  {line}" for line in dict.fromkeys(report.tables.values()))
     yield from (f"  {line}" for line in dict.fromkeys(str(each) for why in report.untuned.values() for each in why))
 
 
-def disagreements(report: Report) -> Iterator[str]:
+def disagreements(report: Record) -> Iterator[str]:
     """What differs between the ranks of process groups, a line each."""
     for group, reasons in report.disagreements.items():
         where = f" (process group {group})" if len(report.disagreements) > 1 else ""

@@ -119,6 +119,10 @@ class Strategy:
         requirements.extend(Present(name) for name in optional if name in self._tensors_needed)
         return tuple(requirements)
 
+    def is_definition(self, pattern: Pattern) -> bool:
+        """Whether it is its pattern's own definition: the unfused path by another name."""
+        return self.impl is pattern.function
+
     def cannot(self, site: Site, pattern: Pattern) -> tuple[Reason, ...]:
         """Every reason why it cannot run ``site`` correctly, as far as it is known before a call."""
         return unmet((*self.implied(pattern), *self.requires), site)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fusion_core
 from fusion_core import ConfigError, FusionConfig, FusionPass, Report, fell_back, history, run_time
-from fusion_core.decide import Choice
+from fusion_core.decision import Choice
 from fusion_core.fingerprint import fingerprint
 from fusion_core.reason import Reason
 from fusion_core.report import Outcome, SiteReport
@@ -63,7 +63,7 @@ def test_equal_sites_share_their_decisions_in_memory_and_as_json() -> None:
 def test_the_newest_reports_are_kept_and_no_more(monkeypatch: Any) -> None:
     monkeypatch.setattr(history, "_reports", [])
     for number in range(5):
-        history.record(Report((), device=str(number)), 3)
+        history.record(Report(sites=(), device=str(number)), 3)
     assert [report.device for report in fusion_core.reports()] == ["2", "3", "4"]
     graph = stacked(layer, tensors(), 1)
     FusionPass(registry=registry(REFERENCE, config=FusionConfig(reports=2)))(graph)
@@ -92,7 +92,7 @@ def test_a_site_that_picks_by_size_says_which_of_its_strategies_runs_unfused(mon
     monkeypatch.setattr(run_time, "_fallen_back", {})
     choices = (Choice(1, "acme.few"), Choice(100, "acme.many"), Choice(1000, None))
     attributes = {"inputs": {"x": "bfloat16[s0, 64]"}, "live": {}, "group": "0", "world_size": 2}
-    report = Report((SiteReport("all_reduce", "acme.few", "all_reduce", attributes, (), choices),), device="cpu")
+    report = Report(sites=(SiteReport("all_reduce", "acme.few", "all_reduce", attributes, (), choices),), device="cpu")
     assert report.outcomes == (Outcome.KERNEL,)
     fell_back("acme.many", "0", Reason("ranks", "rank 1 runs another graph"))
     assert report.outcomes == (Outcome.RAN_UNFUSED,)

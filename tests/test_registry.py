@@ -276,7 +276,7 @@ def test_a_report_reaches_every_plugin_and_one_that_raises_is_named(monkeypatch:
         plugin(monkeypatch, "aaa", fusion_report=lambda report: 1 / 0),
         plugin(monkeypatch, "bbb", fusion_report=lambda report: heard.append(report)),
     ]
-    report = Report(())
+    report = Report(sites=())
     with pytest.warns(RuntimeWarning, match="fusion_report of backend 'aaa' raised ZeroDivisionError"):
         Registry.of(points, FusionConfig()).notify(report)
     assert heard == [report]

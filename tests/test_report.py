@@ -163,6 +163,6 @@ def test_variants_of_a_strategy_that_are_refused_alike_are_one_line():
         Decision("all_reduce", "acme.sum_other", Stage.REQUIRES, (wide,)),
         Decision("all_reduce", "other.sum", Stage.REQUIRES, (narrow,)),
     )
-    lines = str(Report((SiteReport("all_reduce", None, "all_reduce", {}, decisions),))).splitlines()
+    lines = str(Report(sites=(SiteReport("all_reduce", None, "all_reduce", {}, decisions),))).splitlines()
     said = [line.split(":")[0].strip() for line in lines if "[requires]" in line]
     assert said == ["acme.sum [requires]", "acme.sum_other [requires]", "other.sum [requires]"]

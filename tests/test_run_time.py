@@ -26,7 +26,9 @@ def site(node: str, strategy: str | None = "acme.add", group: str = "0") -> Site
 
 def report() -> Report:
     sites = (site("first"), site("second"), site("other_group", group="1"), site("other", "acme.mul"), site("no", None))
-    return Report((*sites, SiteReport("all_reduce", None, "bare", {}, ())), device="cuda (sm_90)", order=("acme",))
+    return Report(
+        sites=(*sites, SiteReport("all_reduce", None, "bare", {}, ())), device="cuda (sm_90)", order=("acme",)
+    )
 
 
 def test_a_report_shows_what_happened_after_it_was_made() -> None:

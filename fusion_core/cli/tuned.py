@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fusion_core import plotting
+from fusion_core._files import write_whole
 from fusion_core.cli.output import check_can_write, print_json, show, try_to_write
 from fusion_core.errors import ConfigError
-from fusion_core.report import write_whole
 from fusion_core.tuning.store import CACHE_NEEDS, folder, save, to_json
 from fusion_core.tuning.table import Table
 

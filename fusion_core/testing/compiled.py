@@ -14,7 +14,7 @@ from fusion_core.by_tokens import strategy_of
 from fusion_core.fusion_pass import FusionPass
 from fusion_core.pairing import PROVENANCE, plan_of
 from fusion_core.patterns.definition import GROUP
-from fusion_core.report import SiteReport
+from fusion_core.record import SiteReport
 from fusion_core.site import Site
 from fusion_core.testing.jobs import Outcome, definition, operator_name, tensors, wide
 from fusion_core.testing.subject import Subject

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fusion_core.errors import FusionError
-from fusion_core.figures import is_definition
 from fusion_core.paths import BARE, Path, Place, Rest
 from fusion_core.patterns.definition import Pattern
 from fusion_core.reason import Reason
@@ -156,7 +155,7 @@ class Plan:
         return [
             strategy
             for strategy in self.registry.strategies(pattern)
-            if not is_definition(strategy, self.registry.patterns[pattern])
+            if not strategy.is_definition(self.registry.patterns[pattern])
             and not strategy.switched_off(self.registry.config)
             and not self.registry.unavailable(strategy.backend, self._facts)
         ]

@@ -14,6 +14,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from fusion_core._files import write_whole
 from fusion_core.errors import ConfigError
 from fusion_core.reason import Reason
 from fusion_core.site import Device
@@ -66,8 +67,6 @@ def save(table: Table) -> Path:
     Raises:
         ConfigError: where it cannot be written.
     """
-    from fusion_core.report import write_whole  # which imports decisions, which may import tables
-
     path = path_for(table.machine)
     if not path.is_absolute():
         raise ConfigError(f"the table would be written to {path}, needs {CACHE_NEEDS}")

@@ -57,8 +57,8 @@ def site(strategy, group="0"):
 def test_sites_of_all_graphs_count_and_one_that_fell_back_is_not_fused():
     fell_back("acme.late", "benched", Reason("memory", "no memory is left", "more"))
     reports = (
-        Report((site("acme.one_shot"), site(None))),
-        Report((site("acme.one_shot"), site("acme.late", "benched"))),
+        Report(sites=(site("acme.one_shot"), site(None))),
+        Report(sites=(site("acme.one_shot"), site("acme.late", "benched"))),
     )
     found = Fusion.of(reports)
     assert (found.sites, found.fused) == (4, 2)

@@ -37,7 +37,7 @@ def compilers(monkeypatch):
             if key not in seen:
                 seen.add(key)
                 size = int(args[0].shape[0])
-                history.record(Report((SiteReport("all_reduce", f"acme.{size}", "n", {}, ()),)))
+                history.record(Report(sites=(SiteReport("all_reduce", f"acme.{size}", "n", {}, ()),)))
             return function(args, kwargs)
 
         assert config is CONFIG

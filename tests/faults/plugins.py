@@ -86,7 +86,7 @@ def compiled(registry: Registry, dynamic: bool = False) -> str:
 
 
 def reported(registry: Registry) -> str:
-    registry.notify(fusion_core.Report(()))
+    registry.notify(fusion_core.Report(sites=()))
     return "right"
 
 

@@ -107,7 +107,7 @@ def _hostile(tmp_path: Path, monkeypatch: Any) -> str:
     decision = Decision("all_reduce", f"a.{name}", Stage.REQUIRES, (Reason("c", name),))
     site = SiteReport("all_reduce", f"a.{name}", name, {"group": "0"}, (decision,))
     fusion_core.fell_back(f"a.{name}", "0", Reason("c", name))
-    Report((replace(site, attributes={}, graph=1),), failures=(name,), device=name).to_html(tmp_path / "r.html")
+    Report(sites=(replace(site, attributes={}, graph=1),), failures=(name,), device=name).to_html(tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     return f"right: {len(re.findall('<script', page))} of {page.count('&lt;script')} names are markup"
 
@@ -115,7 +115,7 @@ def _hostile(tmp_path: Path, monkeypatch: Any) -> str:
 def _bounded(tmp_path: Path, monkeypatch: Any, keep: int, graphs: int) -> str:
     monkeypatch.setattr(history, "_reports", [])
     for number in range(graphs):
-        history.record(Report((), device=str(number)), keep)
+        history.record(Report(sites=(), device=str(number)), keep)
     return f"right: {', '.join(report.device for report in fusion_core.reports())}"
 
 

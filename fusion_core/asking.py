@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from fusion_core.errors import described
+from fusion_core.errors import described, shown
 from fusion_core.reason import Reason
 from fusion_core.requirements import Requirement
 from fusion_core.run_time_site import Ahead, ahead, any_tokens, has_run_time_sizes
@@ -34,21 +34,17 @@ def answered(requirement: Requirement, site: Site) -> Reason | None:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  # sys.exit of a plugin too
-        words = shown(error)
-        what = f"requirement '{shown(requirement)}' raised {type(error).__name__}{words and f': {words}'}"
+        what = f"requirement '{said(requirement)}' raised {described(error)}"
         return Reason(FAILED, what, "a Reason or None at any site")
     if found is None or isinstance(found, Reason):
         return found
-    what = f"requirement '{shown(requirement)}' gave {type(found).__name__} {shown(found)!r}"
+    what = f"requirement '{said(requirement)}' gave {type(found).__name__} {said(found)!r}"
     return Reason(FAILED, what, "a Reason or None at any site")
 
 
-def shown(value: object) -> str:
-    """``str()`` of a plugin's object, the name of its type where that raises."""
-    try:
-        return str(value)
-    except Exception:  # noqa: BLE001  # a plugin's own code
-        return type(value).__name__
+def said(value: object) -> str:
+    """What a requirement, or what it gave, is called in a message."""
+    return shown(value, str)
 
 
 class When(Enum):
@@ -105,18 +101,18 @@ def _changes(requirement: Requirement, site: Site) -> tuple[int, ...] | Reason |
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  # sys.exit of a plugin too
-        what = f"changes_at of requirement '{shown(requirement)}' raised {described(error)}"
+        what = f"changes_at of requirement '{said(requirement)}' raised {described(error)}"
         return Reason(FAILED, what, "token counts or None")
     if counts is None or all(type(count) is int for count in counts):
         return counts
-    what = f"changes_at of requirement '{shown(requirement)}' gave {shown(found)}"
+    what = f"changes_at of requirement '{said(requirement)}' gave {said(found)}"
     return Reason(FAILED, what, "token counts or None")
 
 
 def _undetermined(requirement: Requirement, asked: Ahead, watch: Watch) -> Reason | None:
     """Why what a requirement looked at does not follow from the token count of a call; None where it does."""
     looked = watch.symbols | (asked.leading if watch.tokens else set())
-    found = f"{shown(requirement)} depends on a size that is known only at run time"
+    found = f"{said(requirement)} depends on a size that is known only at run time"
     if looked & asked.unbacked:
         hint = "fusion_core.Tokens(most=..., least=...) states a limit on the token count for such graphs"
         return Reason(RUN_TIME, f"{found}, from data", "a size that the graph's inputs have", hint=hint)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from fusion_core.asking import Terms, shown
+from fusion_core.asking import Terms, said
 from fusion_core.by_tokens import guarded
 from fusion_core.candidate import Candidate, Standing, Verdict
 from fusion_core.config import DETERMINISTIC
@@ -156,7 +156,7 @@ def _chosen(first: int, each: Eligible | None, found: Figure | None, asks: tuple
     if each is None:
         return Choice(first, None), ()
     declared = (*each.strategy.requires, *each.strategy.worthwhile)
-    return Choice(first, each.strategy.name, found, tuple(shown(declared[place]) for place in asks)), asks
+    return Choice(first, each.strategy.name, found, tuple(said(declared[place]) for place in asks)), asks
 
 
 def _looked_at(eligible: Sequence[Eligible], registry: Registry) -> list[int]:

@@ -23,7 +23,8 @@ def check_fields(strategy: Strategy) -> None:
     _check(strategy, "rank", type(strategy.rank) is int, "a whole number")
     _check(strategy, "batch_invariant", isinstance(strategy.batch_invariant, bool), "True or False")
     untested, option, outputs = strategy.untested, strategy.option, strategy.outputs
-    _check(strategy, "untested", untested is None or isinstance(untested, str), "a sentence or None")
+    said = isinstance(untested, str) and untested.isprintable()
+    _check(strategy, "untested", untested is None or said, "a sentence of printable characters or None")
     _check(strategy, "option", option is None or isinstance(option, str), "a word or None")
     texts = isinstance(outputs, tuple | list) and all(isinstance(name, str) for name in outputs)
     _check(strategy, "outputs", outputs is None or texts, "a tuple of names or None")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fusion_core.asking import looks_at_tokens, shown
+from fusion_core.asking import looks_at_tokens, said
 from fusion_core.config import DETERMINISTIC
 from fusion_core.decision import Figure
 from fusion_core.patterns.definition import Pattern
@@ -62,7 +62,7 @@ def _not_for_every_batch(strategy: Strategy, site: Site) -> tuple[Reason, ...]:
     if not strategy.batch_invariant:
         found = f"{strategy.name} may give a row other bits in another batch"
         return (Reason("numerics", found, "a batch-invariant strategy", hint=hint),)
-    limits = [shown(each) for each in strategy.requires if looks_at_tokens(each, site)]
+    limits = [said(each) for each in strategy.requires if looks_at_tokens(each, site)]
     found = f"{strategy.name} runs at some numbers of tokens only ({'; '.join(limits)})"
     return (Reason("numerics", found, "one that runs in every batch", hint=hint),) if limits else ()
 

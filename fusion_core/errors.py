@@ -27,7 +27,7 @@ def described(error: BaseException) -> str:
     """An error of foreign code as one line: its type and what it says, where it can say anything."""
     name = type(error).__name__
     try:
-        text = " ".join(str(error).split())
+        text = plain(" ".join(str(error).split()))
     except KeyboardInterrupt:
         raise
     except BaseException:  # noqa: BLE001  # the error itself must still be said
@@ -35,10 +35,15 @@ def described(error: BaseException) -> str:
     return f"{name}: {text}" if text else name
 
 
+def plain(text: str) -> str:
+    """A text with escapes for the characters that a terminal obeys instead of showing."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def shown(value: object, text: Callable[[object], str] = repr) -> str:
     """A value of foreign code in words, whatever its ``__repr__`` or ``__str__`` does."""
     try:
-        return text(value)
+        return plain(text(value))
     except KeyboardInterrupt:
         raise
     except BaseException:  # noqa: BLE001  # it is named in a message all the same

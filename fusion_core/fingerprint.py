@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from fusion_core.config import KEPT
+from fusion_core.errors import BackendError, described, shown
+from fusion_core.lifting.dialect import Dialect
 from fusion_core.registry import Registry
 from fusion_core.site import Device
 from fusion_core.sources import core_sources
@@ -63,8 +65,22 @@ def fingerprint(registry: Registry, dry_run: bool = False) -> str:
 
 
 def states(registry: Registry) -> str:
-    """What the readings of dialects hang on beside the graph, such as another framework's names for process groups."""
-    return repr([(dialect.name, dialect.state()) for dialect in registry.dialects if dialect.state is not None])
+    """What the readings of dialects hang on beside the graph, such as another framework's names for process groups.
+
+    Raises:
+        BackendError: where a dialect cannot tell.
+    """
+    return repr([(dialect.name, _state(dialect)) for dialect in registry.dialects if dialect.state is not None])
+
+
+def _state(dialect: Dialect) -> str:
+    assert dialect.state is not None
+    try:
+        return repr(dialect.state())
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise BackendError(f"state of dialect {dialect.name!r} raised {described(error)}") from error
 
 
 def tables(registry: Registry) -> str:
@@ -80,7 +96,7 @@ def tables(registry: Registry) -> str:
 
 def declaration(strategy: Strategy) -> tuple[object, ...]:
     """A strategy without the address of its impl, which differs between processes."""
-    values = (getattr(strategy, each.name) for each in fields(strategy) if each.name != "impl")
+    values = (shown(getattr(strategy, each.name)) for each in fields(strategy) if each.name != "impl")
     return (*values, _source(strategy.impl))
 
 

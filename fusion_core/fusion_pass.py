@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -33,6 +32,7 @@ from fusion_core.reason import TUNE, Reason, Stage
 from fusion_core.record import Merge, SiteReport, site_attributes
 from fusion_core.registry import Registry
 from fusion_core.report import Report
+from fusion_core.said import warn_once
 from fusion_core.site import Device
 from fusion_core.tracing import Unplaceable
 from fusion_core.tuning.store import NONE
@@ -118,7 +118,7 @@ class FusionPass(CustomGraphPass):
         for problem in dict.fromkeys(readings.problems):
             if self.config.strict:
                 raise BackendError(problem)
-            warnings.warn(f"fusion_core: {problem}", RuntimeWarning, stacklevel=2)
+            warn_once(problem)
         emitter = Emitter(graph, view, decompositions(), self.config)
         verdicts = []
         for anchor, term in view.anchors:
@@ -143,7 +143,7 @@ class FusionPass(CustomGraphPass):
         for found in dict.fromkeys(broken):
             if self.config.strict:
                 raise BackendError(found)
-            warnings.warn(f"fusion_core: {found}", RuntimeWarning, stacklevel=3)
+            warn_once(found, 3)
 
     def _settle(self, anchor: fx.Node, verdict: Verdict, emitter: Emitter, may_rewrite: bool) -> SiteReport:
         """Rewrite one site by the first candidate that can be placed; what became of every strategy."""
@@ -230,16 +230,21 @@ class FusionPass(CustomGraphPass):
     def uuid(self) -> str | None:
         """A key of everything that the pass's work hangs on, for Inductor's compile cache.
 
-        None, which keeps a graph out of it, where ranks have yet to agree: one that takes a graph from the cache never
-        runs the pass.
+        None, which keeps a graph out of it, where a dialect cannot tell its state, and where ranks have yet to agree:
+        one that takes a graph from the cache never runs the pass.
         """
         common = self._common
         if common is None and not self.dry_run:
             common = known(self.registry)
             if common is None:
                 return None
+        try:
+            state = states(self.registry)
+        except BackendError as error:
+            warn_once(f"{error}; graphs are compiled anew instead of taken from the cache")
+            return None
         # the rest is fixed; Inductor asks several times for each graph
-        key = Device.here(), self.dry_run, states(self.registry)
+        key = Device.here(), self.dry_run, state
         if key not in self._uuids:
             self._uuids[key] = fingerprint(self.registry, self.dry_run)
         return self._uuids[key] + tables(self.registry) + (common.key if common is not None else "")

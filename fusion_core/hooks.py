@@ -47,7 +47,12 @@ class Hooks:
         """Each implementation's answer; None too, which pluggy leaves out."""
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
         answers: list[Any] = caller(**arguments)
-        plain = [each for each in caller.get_hookimpls() if not (each.wrapper or each.hookwrapper)]
+        if not isinstance(answers, list):
+            raise BackendError(f"a wrapper of {hook} gave {shown(answers)}, needs a list with an answer for each hook")
+        implementations = caller.get_hookimpls()
+        plain = [each for each in implementations if not (each.wrapper or each.hookwrapper)]
+        if len(plain) < len(implementations) and answers:  # a wrapper may leave answers out
+            return answers
         return answers + [None] * (len(plain) - len(answers))
 
     def items(self, hook: str, kind: type, *, or_none: bool = False, **arguments: Any) -> Iterator[Any]:

@@ -157,6 +157,8 @@ def _check_patterns(backend: Backend, taken: dict[str, str]) -> None:
     own: dict[str, str] = {}
     for pattern in backend.patterns:
         check_printable("the name of a pattern", pattern.name)
+        for output in pattern.outputs:
+            check_printable(f"an output of pattern {pattern.name!r}", output)
         if owner := (taken | own).get(pattern.name):
             raise BackendError(f"pattern {pattern.name!r} is defined by {owner!r} already, needs another name")
         own[pattern.name] = backend.name

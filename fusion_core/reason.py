@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+from fusion_core.errors import BackendError, shown
+
 
 @dataclass(frozen=True, slots=True)
 class Reason:
@@ -16,6 +18,9 @@ class Reason:
         needs: What would do, as a phrase, or empty where nothing would: ``"bfloat16 or float16"``.
         arg: The argument that is to blame, where there is one.
         hint: The next step, where there is one: a command, an option, an issue.
+
+    Raises:
+        BackendError: for a value of another type: reports print it, and keep it as JSON.
 
     Example:
         >>> print(Reason("dtype", "x is float64", "bfloat16 or float16", arg="x"))
@@ -29,6 +34,13 @@ class Reason:
     needs: str = ""
     arg: str | None = None
     hint: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("code", "found", "needs", "hint"):
+            if not isinstance(value := getattr(self, name), str):
+                raise BackendError(f"{name} of a Reason is {shown(value)}, needs text")
+        if self.arg is not None and not isinstance(self.arg, str):
+            raise BackendError(f"arg of a Reason is {shown(self.arg)}, needs text or None")
 
     def __str__(self) -> str:
         text = f"{self.found}, needs {self.needs}" if self.needs else self.found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
@@ -18,6 +17,7 @@ from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import Pattern
 from fusion_core.reason import Reason
 from fusion_core.run_time import Status
+from fusion_core.said import warn_once
 from fusion_core.site import Device
 from fusion_core.strategy import Strategy
 from fusion_core.tuning.store import Found, find
@@ -76,7 +76,7 @@ class Registry:
             raise BackendError("; ".join(map(str, failures)))
         for failure in failures:
             if config.order is None or failure.backend in config.order:
-                warnings.warn(f"fusion_core: {failure}", RuntimeWarning, stacklevel=3)
+                warn_once(str(failure), 3)
         tiers = _tiers(config, loaded, failures)
         _check_options(config, loaded, failures)
         names = [name for tier in tiers for name in tier]
@@ -134,7 +134,7 @@ class Registry:
             for problem in found.problems:
                 if self.config.strict:
                     raise ConfigError(str(problem))
-                warnings.warn(f"fusion_core: {problem}", RuntimeWarning, stacklevel=2)
+                warn_once(str(problem))
             self._tables[key] = found
         return self._tables[key]
 
@@ -163,7 +163,7 @@ class Registry:
                 found = f"fusion_report of backend {backend.name!r} raised {described(error)}"
                 if self.config.strict:
                     raise BackendError(found) from error
-                warnings.warn(f"fusion_core: {found}", RuntimeWarning, stacklevel=2)
+                warn_once(found)
 
 
 def _check_options(config: FusionConfig, loaded: dict[str, Backend], failures: list[LoadFailure]) -> None:

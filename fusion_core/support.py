@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fusion_core.errors import shown
 from fusion_core.patterns.definition import Pattern
 from fusion_core.registry import Registry
 from fusion_core.strategy import Strategy
@@ -39,7 +40,7 @@ def support_cells(registry: Registry) -> dict[str, dict[str, dict[str, list[str]
 
 
 def _requires(strategy: Strategy, pattern: Pattern) -> list[str]:
-    said = [str(requirement) for requirement in (*strategy.requires, *strategy.implied(pattern))]
+    said = [shown(requirement, str) for requirement in (*strategy.requires, *strategy.implied(pattern))]
     said += [f"option {strategy.switch}"] if strategy.switch is not None else []
     said += [f"untested on hardware: {strategy.untested}"] if strategy.untested is not None else []
     return list(dict.fromkeys(said))

@@ -125,7 +125,7 @@ def _measured(us: float) -> Registry:
 
 
 def _failing() -> Registry:
-    with mock.patch("fusion_core.registry.warnings.warn"):
+    with mock.patch("fusion_core.registry.warn_once"):
         return of(point("not_there"))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fusion_core import workers
+from fusion_core import said, workers
 from tests.support import durations, forked, profiles
 from tests.support.device import BACKEND, DEVICE
 
@@ -60,6 +60,11 @@ def _workers_are_forked(request: pytest.FixtureRequest) -> Iterator[None]:
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("FUSION_CORE_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_said_yet() -> None:
+    said.forget()
 
 
 @pytest.fixture(scope="module")

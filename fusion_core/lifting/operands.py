@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusion_core.errors import PatternError, shown
 from fusion_core.lifting.application import Application
 from fusion_core.lifting.meaning import same_size
 from fusion_core.lifting.term import Unheld
@@ -109,8 +110,10 @@ class Check(_Function):
 
     def unmet(self, call: Application) -> Reason | None:
         """Why one call does not meet the condition."""
-        reason: Reason | None = self._value(call)
-        return reason
+        found = self._value(call)
+        if found is None or isinstance(found, Reason):
+            return found
+        raise PatternError(f"reading of {call.name}: {self!r} gave {shown(found)}, needs a Reason or None")
 
 
 @dataclass(frozen=True, init=False)

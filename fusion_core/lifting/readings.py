@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import fx
 from torch._ops import OpOverload
 
-from fusion_core.errors import PatternError
+from fusion_core.errors import PatternError, described
 from fusion_core.lifting.application import application, operator_of
 from fusion_core.lifting.dialect import Dialect, Reading, Refusal, read
 from fusion_core.lifting.term import Term
@@ -50,6 +50,11 @@ class Readings:
         try:
             call = application(node)
             return [] if call is None else read(reading, call)
-        except PatternError as error:
-            self.problems.append(f"dialect {dialect.name!r}: {error}")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001  # functions of a plugin ran
+            words = (
+                str(error) if isinstance(error, PatternError) else f"reading of {operator} raised {described(error)}"
+            )
+            self.problems.append(f"dialect {dialect.name!r}: {words}")
             return []

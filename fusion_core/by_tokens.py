@@ -32,7 +32,6 @@ from fusion_core.preferences import Preferences
 from fusion_core.registry import Registry
 from fusion_core.requirements import Requirement
 from fusion_core.strategy import Strategy
-from fusion_core.tracing import scalars
 
 MOST_OUTPUTS = 6
 """An operator's schema says how many results it has; patterns have up to five."""
@@ -313,7 +312,7 @@ def guarded(
         for name, strategy in running.items()
         if (settings := strategy.settings(patterns.get(strategy.pattern, pattern), config))
     }
-    constants = {name: value for name, value in scalars(match).items() if name not in pattern.tensors}
+    constants = {name: value for name, value in match.scalars.items() if name not in pattern.tensors}
     plan = Plan(pattern.name, live, names, constants, paths, settings, asks, form)
     first = next(iter(running.values()))
     return replace(first, pattern=pattern.name, impl=emitted(plan, running, pattern), outputs=live)

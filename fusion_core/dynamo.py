@@ -13,7 +13,7 @@ from torch import fx
 from fusion_core import _inductor, history, report_cache
 from fusion_core.config import FusionConfig
 from fusion_core.fusion_pass import FusionPass
-from fusion_core.groups import mentioned
+from fusion_core.graph_groups import mentioned
 from fusion_core.report import Report
 
 

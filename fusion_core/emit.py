@@ -22,7 +22,7 @@ from fusion_core.pairing import SITE, is_collective, is_plain, seal
 from fusion_core.reason import Reason
 from fusion_core.site import TensorMeta, dtype_name
 from fusion_core.strategy import Strategy, schema_of
-from fusion_core.tracing import Decompositions, Unplaceable, returned, scalars, trace
+from fusion_core.tracing import Decompositions, Unplaceable, returned, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ class Emitter:
     def _guard(self, candidate: Candidate) -> Candidate:
         """The same through the operator that runs a kernel only where all ranks are about to."""
         strategy, found = candidate.strategy, candidate.match
-        key = (strategy.name, tuple(scalars(found).items()), tuple(found.outputs), tuple(found.bound))
+        key = (strategy.name, tuple(found.scalars.items()), tuple(found.outputs), tuple(found.bound))
         if key not in self._guarded:
             try:
                 self._guarded[key] = guarded(found, ((1, strategy.name),), {strategy.name: strategy}, self.config)
@@ -253,7 +253,7 @@ class Emitter:
         """The strategy as a graph of operators, traced once for sites that are alike."""
         strategy, found = candidate.strategy, candidate.match
         metas = tuple((name, str(TensorMeta.of(fake)), str(fake.stride()), fake.device) for name, fake in fakes.items())
-        key = (strategy.name, id(strategy.impl), metas, tuple(scalars(found).items()), tuple(found.outputs))
+        key = (strategy.name, id(strategy.impl), metas, tuple(found.scalars.items()), tuple(found.outputs))
         if key not in self._traced:
             self._traced[key] = trace(strategy, found, fakes, self.decompositions, self.config)
         return self._traced[key]

@@ -10,9 +10,9 @@ from torch import fx
 
 from fusion_core.graph_end import ending
 from fusion_core.lifting.rule import is_cheap
-from fusion_core.lifting.term import Term, Unheld, nodes_of
+from fusion_core.lifting.term import Term, Unheld, held_by, nodes_of
 from fusion_core.lifting.view import LiftedGraph
-from fusion_core.patterns.definition import Pattern
+from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.reason import Reason
 from fusion_core.vocabulary.operation import Step, Symbol
 
@@ -45,6 +45,12 @@ class Match:
     kept: frozenset[fx.Node] = frozenset()
     notes: dict[str, Any] = field(default_factory=dict)
     twins: dict[fx.Node, str] = field(default_factory=dict)
+
+    @property
+    def scalars(self) -> dict[str, Any]:
+        """All that is bound but tensors: scalars, the group, and None for a tensor that is absent."""
+        bound = {name: self.bound.get(name, parameter.default) for name, parameter in self.pattern.parameters.items()}
+        return {name: value for name, value in bound.items() if held_by(value) is None} | {GROUP: self.bound[GROUP]}
 
     @property
     def holders(self) -> dict[fx.Node, str]:

@@ -13,9 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusion_core.config import FusionConfig
 from fusion_core.errors import FusionError, described, shown
-from fusion_core.lifting.term import held_by
 from fusion_core.match import Match
-from fusion_core.patterns.definition import GROUP
 from fusion_core.reason import Reason
 from fusion_core.strategy import Strategy
 
@@ -36,12 +34,6 @@ def fake_mode(tensors: Iterable[Any]) -> AbstractContextManager[Any]:
     return nullcontext() if found is None else found
 
 
-def scalars(found: Match) -> dict[str, Any]:
-    """All that a match binds but tensors: scalars, the group, and None for a tensor that is absent."""
-    bound = {name: found.bound.get(name, parameter.default) for name, parameter in found.pattern.parameters.items()}
-    return {name: value for name, value in bound.items() if held_by(value) is None} | {GROUP: found.bound[GROUP]}
-
-
 def trace(
     strategy: Strategy,
     found: Match,
@@ -58,7 +50,7 @@ def trace(
         Unplaceable: where the strategy's code raises, or holds a tensor that does not come in as an argument.
     """
     accepted = strategy.accepts(found.pattern) | set(found.pattern.tensors)
-    constants = {name: value for name, value in scalars(found).items() if name in accepted}
+    constants = {name: value for name, value in found.scalars.items() if name in accepted}
     constants |= strategy.settings(found.pattern, config)
     names = found.pattern.outputs if strategy.outputs is None else strategy.outputs
 

@@ -28,7 +28,7 @@ from fusion_core._inductor import post_grad_only
 from fusion_core.common_ground import agree
 from fusion_core.dynamo import _pass_for
 from fusion_core.exchange import Exchange
-from fusion_core.groups import mentioned
+from fusion_core.graph_groups import mentioned
 from fusion_core.registry import GROUP
 from fusion_core.site import Device
 from fusion_core.sources import core_sources

@@ -17,8 +17,8 @@ from fusion_core import history
 from fusion_core.benching import outputs
 from fusion_core.benching.result import Fusion, Outcome, Row
 from fusion_core.benching.timing import Clock, largest, rounds
-from fusion_core.cli.user_code import Call
 from fusion_core.config import FusionConfig
+from fusion_core.user_code import Call
 
 FIRST_CALLS = 3
 """To compile, to warm up, and to record the CUDA graph."""

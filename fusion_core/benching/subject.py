@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from fusion_core.benching.shapes import named
-from fusion_core.cli.user_code import Call, as_call, find
 from fusion_core.errors import ConfigError
+from fusion_core.user_code import Call, as_call, find
 
 if TYPE_CHECKING:
     from fusion_core.benching.stack import Stack

@@ -12,8 +12,8 @@ import fusion_core
 from fusion_core import FusionConfig, history
 from fusion_core.benching import run as module
 from fusion_core.benching.run import Plan, run
-from fusion_core.cli.user_code import Call
 from fusion_core.report import Report, SiteReport
+from fusion_core.user_code import Call
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 CONFIG = FusionConfig(order=())

@@ -14,11 +14,12 @@ import fusion_core
 from fusion_core.cli.options import Json, Options, Order, Strict, make_config
 from fusion_core.cli.output import check_can_write, print_json
 from fusion_core.cli.process_group import check_same, choices, process_group
-from fusion_core.cli.user_code import as_call, failed, find
+from fusion_core.cli.user_code import failed
 from fusion_core.config import FusionConfig
 from fusion_core.errors import ConfigError, FusionError
 from fusion_core.registry import Registry
 from fusion_core.report import Report
+from fusion_core.user_code import as_call, find
 
 
 def explain(

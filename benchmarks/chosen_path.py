@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/chosen_path.py --json benchmarks/results/chosen_path_h200x2.json
 
-Microseconds that one site adds to a stream, by the method of `fusion-core tune` (fusion_core/tuning/measure.py): CUDA
+Microseconds that one site adds to a stream, by the method of `fusion-core tune` (fusion_core/tune/measure.py): CUDA
 graphs of up to 16 sites, before each of which the GPU's caches are flushed and a kernel writes x anew, whose time is
 taken off; all columns of a point take turns in one run; medians, of the slowest rank.
 
@@ -34,11 +34,11 @@ import torch
 import torch.distributed as dist
 
 from fusion_core import Device, FusionConfig, Registry, compile, last_report
-from fusion_core.tuning.clocks import clock_for
-from fusion_core.tuning.machine import Machine
-from fusion_core.tuning.measure import Bench
-from fusion_core.tuning.plan import Plan, tensors
-from fusion_core.tuning.ranks import Ranks
+from fusion_core.tables.machine import Machine
+from fusion_core.tune.clocks import clock_for
+from fusion_core.tune.measure import Bench
+from fusion_core.tune.plan import Plan, tensors
+from fusion_core.tune.ranks import Ranks
 
 PATTERNS = ["all_reduce_add_rms_norm", "all_reduce_add_rms_norm_static_fp8"]
 MOST_OF_COMPILED = 1.02

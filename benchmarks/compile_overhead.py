@@ -111,8 +111,9 @@ def measure(layers, parallel):
     import torch
     from torch._inductor import compile_fx
 
-    from fusion_core import FusionPass, _inductor, history
+    from fusion_core import FusionPass, _inductor
     from fusion_core.dynamo import Backend
+    from fusion_core.report import history
 
     model = load(layers, parallel)
     clock, nodes = Clock(), []
@@ -314,7 +315,7 @@ def main():
         result = repeat(layers, parallel, options.repeats) if options.repeats else measure(layers, parallel)
         options.json.write_text(json.dumps(result))
         return 0
-    from fusion_core.registry import GROUP
+    from fusion_core.plugins.registry import GROUP
 
     for package in ("fusion_core", *(point.module for point in entry_points(group=GROUP))):
         # as pip does with what it installs; else our share would have Python's compiler in it

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 from fusion_core.config import FusionConfig
 from fusion_core.decision import Decision
 from fusion_core.errors import BackendError, ConfigError, FusionError, PatternError, RanksDiffer
-from fusion_core.history import last_report, reports
-from fusion_core.hookspecs import hookimpl
-from fusion_core.known_faster import KnownFaster
-from fusion_core.lifting.dialect import Dialect, Reading, Refusal
-from fusion_core.lifting.operands import Check, Derived, Earlier, Only
+from fusion_core.lift.dialect import Dialect, Reading, Refusal
+from fusion_core.lift.operands import Check, Derived, Earlier, Only
 from fusion_core.patterns.definition import Pattern, pattern
-from fusion_core.reason import Reason, Stage
-from fusion_core.registry import Registry
-from fusion_core.report import Report, SiteReport
-from fusion_core.requirements import (
+from fusion_core.plugins.hookspecs import hookimpl
+from fusion_core.plugins.known_faster import KnownFaster
+from fusion_core.plugins.registry import Registry
+from fusion_core.plugins.requirements import (
     Arch,
     Attribute,
     Contiguous,
@@ -34,10 +31,13 @@ from fusion_core.requirements import (
     SizeBetween,
     WorldSize,
 )
+from fusion_core.plugins.strategy import Strategy
+from fusion_core.plugins.token_counts import Tokens
+from fusion_core.reason import Reason, Stage
+from fusion_core.report.history import last_report, reports
+from fusion_core.report.report import Report, SiteReport
 from fusion_core.run_time import Status, fell_back
 from fusion_core.site import Device, Site, TensorMeta
-from fusion_core.strategy import Strategy
-from fusion_core.token_counts import Tokens
 
 if TYPE_CHECKING:
     from fusion_core import ops

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from fusion_core.graph_end import compiling
+from fusion_core.lift.graph_end import compiling
 
 __all__ = [
     "CustomGraphPass",

@@ -14,7 +14,7 @@ import torch
 from fusion_core import _inductor
 from fusion_core.config import FusionConfig
 from fusion_core.fusion_pass import FusionPass
-from fusion_core.report import Report
+from fusion_core.report.report import Report
 
 
 def explain(

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_core import _inductor, history, report_cache
+from fusion_core import _inductor
+from fusion_core.agree.graph_groups import mentioned
 from fusion_core.config import FusionConfig
 from fusion_core.fusion_pass import FusionPass
-from fusion_core.graph_groups import mentioned
-from fusion_core.report import Report
+from fusion_core.report import cache as report_cache
+from fusion_core.report import history
+from fusion_core.report.report import Report
 
 
 @functools.lru_cache(maxsize=64)

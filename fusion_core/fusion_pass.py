@@ -12,30 +12,30 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from fusion_core import history
 from fusion_core._inductor import CustomGraphPass, decompositions
-from fusion_core.asking import FAILED
-from fusion_core.candidate import Verdict
-from fusion_core.common_ground import Common, agree, known, so_far, will_ask
+from fusion_core.agree.ranks import Common, agree, known, so_far, will_ask
 from fusion_core.config import DETERMINISTIC, FusionConfig
-from fusion_core.decide import judge
+from fusion_core.decide.candidate import Verdict
+from fusion_core.decide.judge import judge
 from fusion_core.decision import Decision
-from fusion_core.emit import Emitter
+from fusion_core.emit.emitter import Emitter
+from fusion_core.emit.merge import mergeable, merged
+from fusion_core.emit.trace import Unplaceable
 from fusion_core.errors import BackendError
-from fusion_core.fingerprint import fingerprint, states, tables, version
 from fusion_core.groups import group_name, world_size
-from fusion_core.lifting.collectives import all_reduces, has_all_reduce
-from fusion_core.lifting.readings import Readings
-from fusion_core.lifting.view import LiftedGraph
-from fusion_core.merging import mergeable, merged
+from fusion_core.lift.collectives import all_reduces, has_all_reduce
+from fusion_core.lift.graph import LiftedGraph
+from fusion_core.lift.readings import Readings
+from fusion_core.plugins.asking import FAILED
+from fusion_core.plugins.fingerprint import fingerprint, states, tables, version
+from fusion_core.plugins.once import warn_once
+from fusion_core.plugins.registry import Registry
 from fusion_core.reason import TUNE, Reason, Stage
-from fusion_core.record import Merge, SiteReport, site_attributes
-from fusion_core.registry import Registry
-from fusion_core.report import Report
-from fusion_core.said import warn_once
+from fusion_core.report import history
+from fusion_core.report.record import Merge, SiteReport, site_attributes
+from fusion_core.report.report import Report
 from fusion_core.site import Device
-from fusion_core.tracing import Unplaceable
-from fusion_core.tuning.store import NONE
+from fusion_core.tables.store import NONE
 
 
 class FusionPass(CustomGraphPass):

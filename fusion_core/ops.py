@@ -14,20 +14,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusion_core.common_ground import agree
+from fusion_core.agree.kernel_calls import Calls, calls_of
+from fusion_core.agree.ranks import agree
 from fusion_core.config import FusionConfig
-from fusion_core.eligibility import weigh
+from fusion_core.decide.eligibility import weigh
+from fusion_core.decide.measured import figure
+from fusion_core.decide.ranking import Usable, best_first
 from fusion_core.errors import BackendError, ConfigError, blame
-from fusion_core.figures import figure
 from fusion_core.groups import group_name, resolved, world_size
-from fusion_core.kernel_calls import Calls, calls_of
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import GROUP, Pattern
-from fusion_core.ranking import Usable, best_first
+from fusion_core.plugins.registry import Registry
+from fusion_core.plugins.strategy import Strategy
 from fusion_core.reason import Stage
-from fusion_core.registry import Registry
 from fusion_core.site import Device, Site, TensorMeta
-from fusion_core.strategy import Strategy
 
 _registry_for = functools.lru_cache(maxsize=64)(Registry.load)
 

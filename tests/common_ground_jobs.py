@@ -23,17 +23,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import fusion_core
-from fusion_core import Dialect, DType, FusionConfig, FusionPass, Reading, Reason, Registry, Strategy, common_ground
+from fusion_core import Dialect, DType, FusionConfig, FusionPass, Reading, Reason, Registry, Strategy
 from fusion_core._inductor import post_grad_only
-from fusion_core.common_ground import agree
+from fusion_core.agree import ranks as common_ground
+from fusion_core.agree.exchange import Exchange
+from fusion_core.agree.graph_groups import mentioned
+from fusion_core.agree.ranks import agree
 from fusion_core.dynamo import _pass_for
-from fusion_core.exchange import Exchange
-from fusion_core.graph_groups import mentioned
-from fusion_core.registry import GROUP
+from fusion_core.plugins.registry import GROUP
+from fusion_core.plugins.sources import core_sources
 from fusion_core.site import Device
-from fusion_core.sources import core_sources
-from fusion_core.tuning.machine import Machine
-from fusion_core.tuning.table import UNFUSED, Row, Table
+from fusion_core.tables.machine import Machine
+from fusion_core.tables.table import UNFUSED, Row, Table
 from tests.corpus.case import ADD, EPS, norm
 from tests.models import plugins
 
@@ -125,7 +126,7 @@ def _measured(us: float) -> Registry:
 
 
 def _failing() -> Registry:
-    with mock.patch("fusion_core.registry.warn_once"):
+    with mock.patch("fusion_core.plugins.registry.warn_once"):
         return of(point("not_there"))
 
 
@@ -453,7 +454,7 @@ def started(caches: Sequence[str], odd: bool) -> tuple[str, list[str | None], st
     _pass_for.cache_clear()
     group = dist.group.WORLD
     assert group is not None
-    with limit(LIMIT), torch.no_grad(), mock.patch("fusion_core.registry.entry_points", return_value=points):
+    with limit(LIMIT), torch.no_grad(), mock.patch("fusion_core.plugins.registry.entry_points", return_value=points):
         results = torch.compile(model(group), backend="fusion_core", fullgraph=True)(*given(dist.get_rank()))
     report = fusion_core.last_report()
     assert report is not None

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fusion_core import said, workers
+from fusion_core.plugins import once as said
+from fusion_core.workers import pool as workers
 from tests.support import durations, forked, profiles
 from tests.support.device import BACKEND, DEVICE
 

@@ -17,21 +17,12 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
 import fusion_core
-from fusion_core import (
-    FusionConfig,
-    FusionPass,
-    RanksDiffer,
-    Reason,
-    Registry,
-    Site,
-    Strategy,
-    common_ground,
-    history,
-    kernel_calls,
-    ops,
-)
+from fusion_core import FusionConfig, FusionPass, RanksDiffer, Reason, Registry, Site, Strategy, ops
 from fusion_core._inductor import post_grad_only
-from fusion_core.registry import GROUP
+from fusion_core.agree import kernel_calls
+from fusion_core.agree import ranks as common_ground
+from fusion_core.plugins.registry import GROUP
+from fusion_core.report import history
 from tests.corpus.case import ADD, EPS, norm
 
 HIDDEN = 64
@@ -316,7 +307,7 @@ def interrupted(times: int) -> Found:
 
         time_sleep = time.sleep
         for _ in range(times):
-            with mock.patch("fusion_core.agreement.time.sleep", interrupt):
+            with mock.patch("fusion_core.agree.agreement.time.sleep", interrupt):
                 try:
                     session(call)
                 except KeyboardInterrupt:

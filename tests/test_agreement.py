@@ -4,7 +4,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from fusion_core.agreement import Agreement, NoAgreement
+from fusion_core.agree.agreement import Agreement, NoAgreement
 from fusion_core.reason import Reason
 from fusion_core.workers import WorkerPool
 

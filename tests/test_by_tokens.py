@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
 from fusion_core import FusionConfig, Reason, Registry, Report, Site, Stage, Strategy
-from fusion_core import by_tokens as module
-from fusion_core.by_tokens import Plan
-from fusion_core.tuning.machine import Machine
-from fusion_core.tuning.store import to_json
-from fusion_core.tuning.table import Row, Table
+from fusion_core.dispatch import by_tokens as module
+from fusion_core.dispatch.by_tokens import Plan
+from fusion_core.tables.machine import Machine
+from fusion_core.tables.store import to_json
+from fusion_core.tables.table import Row, Table
 from tests.support.graphs import REFERENCE, fuse, plugin, registry
 from tests.test_matching import ADD, add_then, norm
 
@@ -160,7 +160,7 @@ def test_what_runs_at_every_count_is_put_into_the_graph_itself(monkeypatch: Any)
     assert dynamic(3) == ["few"]
     targets = [str(node.target) for node in dynamic.graphs[0].nodes]
     assert "fusion_core_tests.by_tokens_few.default" in targets
-    assert not any("fusion_core.by_tokens" in target for target in targets)
+    assert not any("fusion_core.dispatch.by_tokens" in target for target in targets)
 
 
 def test_where_nothing_pays_the_definition_is_left_to_inductor(monkeypatch: Any) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fusion_core import agreement, common_ground, group_store
-from fusion_core.facts import Ground, compare
+from fusion_core.agree import agreement, group_store
+from fusion_core.agree import ranks as common_ground
+from fusion_core.agree.facts import Ground, compare
 from fusion_core.workers import WorkerPool
 from tests import common_ground_jobs as jobs
 from tests.corpus.case import ADD

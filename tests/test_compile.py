@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 import fusion_core
-from fusion_core import DType, FusionConfig, FusionPass, Strategy, _inductor, report_cache
+from fusion_core import DType, FusionConfig, FusionPass, Strategy, _inductor
+from fusion_core.report import cache as report_cache
 from tests.support.graphs import REFERENCE, registry
 from tests.test_emission import KERNEL, acme, opaque
 from tests.test_matching import ADD, norm, reduce, tensors

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusion_core import Contiguous, DType, FusionConfig, FusionPass, Registry, Stage, Strategy
-from fusion_core.pairing import PROVENANCE
+from fusion_core.emit.pairing import PROVENANCE
 from tests.support.graphs import REFERENCE, describe, fuse, plugin, registry
 from tests.test_matching import ADD, add_then, norm, reduce, tensors
 

@@ -6,10 +6,10 @@ import time
 import pytest
 import torch.distributed as dist
 
-from fusion_core import group_store
-from fusion_core.exchange import Exchange, Line
-from fusion_core.facts_shape import misshapen
-from fusion_core.group_store import NoAgreement
+from fusion_core.agree import group_store
+from fusion_core.agree.exchange import Exchange, Line
+from fusion_core.agree.facts_shape import misshapen
+from fusion_core.agree.group_store import NoAgreement
 from fusion_core.reason import Reason
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fusion_core import workers
 from fusion_core.workers import WorkerError, WorkerPool
+from fusion_core.workers import pool as workers
 from tests.support import forked
 
 

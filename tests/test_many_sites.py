@@ -10,11 +10,12 @@ import pytest
 from torch import Tensor
 
 import fusion_core
-from fusion_core import ConfigError, FusionConfig, FusionPass, Report, fell_back, history, run_time
+from fusion_core import ConfigError, FusionConfig, FusionPass, Report, fell_back, run_time
 from fusion_core.decision import Choice
-from fusion_core.fingerprint import fingerprint
+from fusion_core.plugins.fingerprint import fingerprint
 from fusion_core.reason import Reason
-from fusion_core.report import Outcome, SiteReport
+from fusion_core.report import history
+from fusion_core.report.report import Outcome, SiteReport
 from tests.corpus.case import norm, reduce
 from tests.support.graphs import REFERENCE, registry
 from tests.support.layers import stacked

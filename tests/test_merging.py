@@ -17,9 +17,9 @@ from torch.distributed import _functional_collectives as funcol
 
 from fusion_core import DType, FusionConfig, FusionPass, Registry, Report, Strategy, explain
 from fusion_core._inductor import post_grad_only
-from fusion_core.lifting.collectives import TARGETS
-from fusion_core.pairing import PROVENANCE
-from fusion_core.report import Merge
+from fusion_core.emit.pairing import PROVENANCE
+from fusion_core.lift.collectives import TARGETS
+from fusion_core.report.report import Merge
 from fusion_core.workers import WorkerPool
 from tests import merging_jobs
 from tests.corpus.case import ADD, N, norm, reduce

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from fusion_core import FusionConfig, Registry
-from fusion_core.support import support_table
+from fusion_core.plugins.support_table import support_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import fusion_core
-from fusion_core import FusionConfig, _inductor, history
+from fusion_core import FusionConfig, _inductor
+from fusion_core.report import history
 from tests.test_matching import norm, reduce, tensors
 
 pytestmark = pytest.mark.usefixtures("one_rank")

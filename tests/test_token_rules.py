@@ -27,8 +27,8 @@ from fusion_core import (
     Tokens,
     _inductor,
 )
-from fusion_core.asking import Answer, When, ask
-from fusion_core.by_tokens import Runner
+from fusion_core.dispatch.by_tokens import Runner
+from fusion_core.plugins.asking import Answer, When, ask
 from fusion_core.site import TensorMeta
 from tests.support.graphs import fuse
 from tests.test_by_tokens import HIDDEN, OUTPUTS, Dynamic, Rows, acme, c10d, few, given, many, model
@@ -240,7 +240,7 @@ def test_deterministic_numerics_take_no_strategy_that_some_counts_rule_out(monke
 
 
 def test_a_plan_that_asks_comes_back_from_its_text(monkeypatch: Any) -> None:
-    from fusion_core import by_tokens
+    from fusion_core.dispatch import by_tokens
 
     plans: list[Any] = []
     emitted = by_tokens.emitted

@@ -87,7 +87,7 @@ def load(path: str, dtype: str) -> None:
 
 def compiled(backend: str) -> Run:
     """Compile the model by a backend of torch.compile, and run it."""
-    from fusion_core import history
+    from fusion_core.report import history
 
     model: Any = torch.compile(_models["sharded"], backend=backend, dynamic=False)
     ids = _ids()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fusion_core.cli.demo_job import Run
-from fusion_core.report import Report
+from fusion_core.report.report import Report
 
 TOLERANCE = 1.2
 """The fused model may be this much farther from float64 than the unfused one: rounding differs, and may not grow."""

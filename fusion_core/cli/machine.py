@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from fusion_core.errors import BackendError
-from fusion_core.registry import Registry
+from fusion_core.plugins.registry import Registry
 from fusion_core.site import Device
-from fusion_core.tuning.machine import installed_versions
+from fusion_core.tables.machine import installed_versions
 
 SETTINGS = ("FUSION_CORE_", "AITER_", "FLASHINFER_", "NCCL_", "TORCH_SYMM_MEM_", "PYTORCH_", "HSA_", "HIP_", "ROCR_")
 """What settings of the environment begin with that kernels and their libraries read."""

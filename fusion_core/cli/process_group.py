@@ -15,7 +15,7 @@ import torch.distributed as dist
 from fusion_core.cli.launch import launch
 from fusion_core.config import FusionConfig
 from fusion_core.errors import ConfigError
-from fusion_core.registry import Registry
+from fusion_core.plugins.registry import Registry
 
 
 @contextmanager

@@ -12,11 +12,11 @@ from fusion_core import plotting
 from fusion_core._files import write_whole
 from fusion_core.cli.output import check_can_write, print_json, show, try_to_write
 from fusion_core.errors import ConfigError
-from fusion_core.tuning.store import CACHE_NEEDS, folder, save, to_json
-from fusion_core.tuning.table import Table
+from fusion_core.tables.store import CACHE_NEEDS, folder, save, to_json
+from fusion_core.tables.table import Table
 
 if TYPE_CHECKING:
-    from fusion_core.tuning.tuner import Tuned
+    from fusion_core.tune.tuner import Tuned
 
 
 def check_can_keep(output: Path | None, plot: Path | None) -> None:
@@ -61,7 +61,7 @@ def finish(tuned: Tuned, output: Path | None, plot: Path | None, as_json: bool, 
 
 
 def _keep(table: Table, output: Path | None, plot: Path | None) -> Path:
-    from fusion_core.tuning.crossovers import panels
+    from fusion_core.tune.crossovers import panels
 
     if output is None:
         path = save(table)
@@ -77,7 +77,7 @@ def _keep(table: Table, output: Path | None, plot: Path | None) -> Path:
 
 
 def _plain(tuned: Tuned, path: Path | None, seconds: float) -> dict[str, Any]:
-    from fusion_core.tuning.crossovers import crossovers
+    from fusion_core.tune.crossovers import crossovers
 
     return {
         "path": None if path is None else str(path),
@@ -92,7 +92,7 @@ def _plain(tuned: Tuned, path: Path | None, seconds: float) -> dict[str, Any]:
 
 
 def _show(tuned: Tuned, path: Path | None, seconds: float) -> None:
-    from fusion_core.tuning import text
+    from fusion_core.cli import tune_text as text
 
     if tuned.table is not None:
         ranks, gpu = tuned.table.machine.world_size, tuned.table.machine.gpu

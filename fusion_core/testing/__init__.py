@@ -12,27 +12,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fusion_core.samples.requirement_sides import NoSides, Sides, sides
+    from fusion_core.samples.sites import Impossible, example_site, repaired
+    from fusion_core.samples.tensors import Values, build_tensors
     from fusion_core.testing.checks import CHECKS, Check, CheckFailed, CheckNotApplicable, CheckSkipped
     from fusion_core.testing.drawing import draw_site, draw_tensors
-    from fusion_core.testing.requirement_sides import NoSides, Sides, sides
-    from fusion_core.testing.sites import Impossible, example_site, repaired
     from fusion_core.testing.subject import Subject, subjects
-    from fusion_core.testing.tensors import Values, build_tensors
     from fusion_core.testing.tolerance import Excess, excess
     from fusion_core.workers import WorkerError, WorkerPool
 
 # Imported when first used: worker processes import parts of this package, and need neither hypothesis nor pytest.
 _HOMES = {
-    "checks": ("CHECKS", "Check", "CheckFailed", "CheckNotApplicable", "CheckSkipped"),
-    "drawing": ("draw_site", "draw_tensors"),
-    "requirement_sides": ("NoSides", "Sides", "sides"),
-    "sites": ("Impossible", "example_site", "repaired"),
-    "subject": ("Subject", "subjects"),
-    "tensors": ("Values", "build_tensors"),
-    "tolerance": ("Excess", "excess"),
+    "samples.requirement_sides": ("NoSides", "Sides", "sides"),
+    "samples.sites": ("Impossible", "example_site", "repaired"),
+    "samples.tensors": ("Values", "build_tensors"),
+    "testing.checks": ("CHECKS", "Check", "CheckFailed", "CheckNotApplicable", "CheckSkipped"),
+    "testing.drawing": ("draw_site", "draw_tensors"),
+    "testing.subject": ("Subject", "subjects"),
+    "testing.tolerance": ("Excess", "excess"),
+    "workers": ("WorkerError", "WorkerPool"),
 }
-_MODULES = {name: f"fusion_core.testing.{module}" for module, names in _HOMES.items() for name in names}
-_MODULES |= {"WorkerError": "fusion_core.workers", "WorkerPool": "fusion_core.workers"}
+_MODULES = {name: f"fusion_core.{module}" for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CHECKS",

@@ -11,10 +11,10 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 
 from fusion_core.errors import ConfigError
-from fusion_core.run_time_site import has_run_time_sizes, of_data, to_data
+from fusion_core.samples.tensors import Values
 from fusion_core.site import Site
+from fusion_core.site.run_time import has_run_time_sizes, of_data, to_data
 from fusion_core.testing.subject import Subject
-from fusion_core.testing.tensors import Values
 
 Example = tuple[Site, Values | None]
 """A site, and what its tensors hold where that was drawn."""

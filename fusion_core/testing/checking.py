@@ -12,17 +12,17 @@ from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 
 from fusion_core.errors import FusionError, PatternError
+from fusion_core.plugins.requirements import Requirement
 from fusion_core.reason import Reason
-from fusion_core.requirements import Requirement
+from fusion_core.samples.requirement_sides import NoSides
+from fusion_core.samples.sites import SCALES, Impossible, describe, example_site, with_outputs
+from fusion_core.samples.tensors import Values
 from fusion_core.site import Device, Site
 from fusion_core.testing import jobs, pools
 from fusion_core.testing.check import Example, chosen, command, only
 from fusion_core.testing.drawing import draw_site, draw_tensors
 from fusion_core.testing.jobs import Outcome
-from fusion_core.testing.requirement_sides import NoSides
-from fusion_core.testing.sites import SCALES, Impossible, describe, example_site, with_outputs
 from fusion_core.testing.subject import Subject
-from fusion_core.testing.tensors import Values
 from fusion_core.workers import WorkerError
 
 T = TypeVar("T")

@@ -26,6 +26,10 @@ import torch
 
 from fusion_core.errors import PatternError
 from fusion_core.reason import Reason
+from fusion_core.samples.layouts import LAYOUTS, strides
+from fusion_core.samples.requirement_sides import NoSides, sides
+from fusion_core.samples.sites import example_site, output_metas, resized, with_layout
+from fusion_core.samples.tensors import Values
 from fusion_core.site import Device, Site, TensorMeta
 from fusion_core.testing import compiled, jobs, pools
 from fusion_core.testing.check import CHECKS as _CHECKS
@@ -49,11 +53,7 @@ from fusion_core.testing.checking import (
     sites,
 )
 from fusion_core.testing.drawing import draw_site
-from fusion_core.testing.layouts import LAYOUTS, strides
-from fusion_core.testing.requirement_sides import NoSides, sides
-from fusion_core.testing.sites import example_site, output_metas, resized, with_layout
 from fusion_core.testing.subject import Subject
-from fusion_core.testing.tensors import Values
 
 __all__ = ["CHECKS", "Check", "CheckFailed", "CheckNotApplicable", "CheckSkipped"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from fusion_core.samples.requirement_sides import sides
+from fusion_core.samples.sites import Impossible, describe, fitted, resized
+from fusion_core.samples.tensors import Values
 from fusion_core.site import Site
 from fusion_core.testing import pools
 from fusion_core.testing.check import check
 from fusion_core.testing.checking import compare_each, example, here
-from fusion_core.testing.requirement_sides import sides
-from fusion_core.testing.sites import Impossible, describe, fitted, resized
 from fusion_core.testing.subject import Subject
-from fusion_core.testing.tensors import Values
 
 LARGE = ((1025, 64), (8192, 64), (3, 8192), (2, 16384))
 """Rows and hidden sizes of the large examples; the strategy's own hidden size where it does not take these 64."""

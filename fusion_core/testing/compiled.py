@@ -10,15 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusion_core._inductor import CustomGraphPass, post_grad_only
-from fusion_core.by_tokens import strategy_of
+from fusion_core.dispatch.by_tokens import strategy_of
+from fusion_core.emit.pairing import PROVENANCE, plan_of
 from fusion_core.fusion_pass import FusionPass
-from fusion_core.pairing import PROVENANCE, plan_of
 from fusion_core.patterns.definition import GROUP
-from fusion_core.record import SiteReport
+from fusion_core.report.record import SiteReport
+from fusion_core.samples.tensors import Values
 from fusion_core.site import Site
 from fusion_core.testing.jobs import Outcome, definition, operator_name, tensors, wide
 from fusion_core.testing.subject import Subject
-from fusion_core.testing.tensors import Values
 from fusion_core.testing.tolerance import excess
 from fusion_core.testing.truncation import truncated, truncates
 

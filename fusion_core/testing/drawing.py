@@ -11,12 +11,11 @@ import torch
 from hypothesis import strategies as st
 
 from fusion_core.patterns.definition import Parameter, Pattern
-from fusion_core.requirements import DType, LiveOutputs, Requirement
-from fusion_core.site import Device, Site, TensorMeta
-from fusion_core.strategy import Strategy
-from fusion_core.testing.layouts import LAYOUTS, laid_out
-from fusion_core.testing.requirement_sides import sides
-from fusion_core.testing.sites import (
+from fusion_core.plugins.requirements import DType, LiveOutputs, Requirement
+from fusion_core.plugins.strategy import Strategy
+from fusion_core.samples.layouts import LAYOUTS, laid_out
+from fusion_core.samples.requirement_sides import sides
+from fusion_core.samples.sites import (
     FLOATS,
     SCALES,
     VECTORS,
@@ -27,7 +26,8 @@ from fusion_core.testing.sites import (
     repaired,
     resized,
 )
-from fusion_core.testing.tensors import ROWS, Values
+from fusion_core.samples.tensors import ROWS, Values
+from fusion_core.site import Device, Site, TensorMeta
 
 HIDDEN_SIZES = (8, 64, 1, 3, 16, 20, 32, 96, 100, 128, 256)
 EPSILONS = st.floats(math.log(1e-12), math.log(1e-1)).map(math.exp)

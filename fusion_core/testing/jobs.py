@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fusion_core.config import FusionConfig
 from fusion_core.patterns.definition import GROUP, Pattern
+from fusion_core.plugins.strategy import Strategy, schema_of
+from fusion_core.samples.tensors import Values, build_tensors
 from fusion_core.site import Site, TensorMeta
-from fusion_core.strategy import Strategy, schema_of
 from fusion_core.testing.subject import Subject
-from fusion_core.testing.tensors import Values, build_tensors
 from fusion_core.testing.tolerance import Excess, excess
 from fusion_core.testing.truncation import truncated, truncates
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import hypothesis
 import torch
 
-from fusion_core.requirements import WorldSize
+from fusion_core.plugins.requirements import WorldSize
 from fusion_core.site import Site
 from fusion_core.testing.subject import Subject
 from fusion_core.workers import WorkerPool

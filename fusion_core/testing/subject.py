@@ -14,9 +14,9 @@ from typing import Any
 from fusion_core.config import FusionConfig
 from fusion_core.errors import BackendError
 from fusion_core.patterns.definition import Pattern
-from fusion_core.registry import GROUP, Registry
-from fusion_core.requirements import Requirement
-from fusion_core.strategy import Strategy
+from fusion_core.plugins.registry import GROUP, Registry
+from fusion_core.plugins.requirements import Requirement
+from fusion_core.plugins.strategy import Strategy
 
 
 @dataclass(frozen=True)

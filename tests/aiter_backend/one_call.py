@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fusion_aiter.kernels import KERNELS, Kernel
 from fusion_aiter.requirements import FP8
-from fusion_core import per_group
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.run_time import fallen_back
-from fusion_core.self_check import distance, exactly
+from fusion_core.workspaces import per_group
+from fusion_core.workspaces.self_check import distance, exactly
 
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 PATTERNS = {pattern.name: pattern for pattern in CORE_PATTERNS}

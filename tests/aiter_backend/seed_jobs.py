@@ -22,8 +22,8 @@ import fusion_core
 from fusion_aiter import availability, launch
 from fusion_core import Device, FusionConfig, FusionPass, Report, _inductor
 from fusion_core.patterns import CORE_PATTERNS
-from fusion_core.self_check import distance
 from fusion_core.vocabulary.fp4 import quantize_mxfp4
+from fusion_core.workspaces.self_check import distance
 from tests.corpus.quantisation import per_group, per_token
 from tests.dialects import vllm_operators
 from tests.dialects.vllm_groups import vllm_groups

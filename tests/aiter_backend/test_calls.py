@@ -20,7 +20,8 @@ import fusion_aiter
 from fusion_aiter import communicators, creation, library
 from fusion_aiter.availability import CALLS
 from fusion_aiter.calls import call
-from fusion_aiter.communicators import Communicators, Held
+from fusion_aiter.communicators import Communicators
+from fusion_aiter.held import Held
 from fusion_aiter.kernels import KERNELS, Form, allocate
 from fusion_aiter.source import Call
 from tests.aiter_backend import releases

@@ -11,8 +11,8 @@ from fusion_aiter.kernels import KERNELS
 from fusion_aiter.strategies import STRATEGIES, UNTESTED
 from fusion_core import Device, FusionConfig, TensorMeta
 from fusion_core.patterns import CORE_PATTERNS
+from fusion_core.samples.sites import resized, with_outputs
 from fusion_core.testing import example_site
-from fusion_core.testing.sites import resized, with_outputs
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 E4M3, E4M3FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz

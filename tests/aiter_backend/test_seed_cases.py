@@ -5,7 +5,7 @@ plain ones beside them and their Gemma forms, in vLLM's operators and in plain t
 
 Transposed scales are fused where a model's graph says what they mean: in plain torch, and where vLLM's own quantiser
 writes them. ``vllm::rocm_aiter_group_fp8_quant(transpose_scale=True)`` is refused by the dialect, since its bytes lie in
-another order than its strides say (``fusion_core/dialects/vllm.py``). MXFP4 is fused by hand alone: no operator and no
+another order than its strides say (``fusion_core/lift/dialects/vllm.py``). MXFP4 is fused by hand alone: no operator and no
 spelling in a graph reads as the scale that AITER's kernel writes.
 """
 

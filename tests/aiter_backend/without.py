@@ -19,10 +19,10 @@ from collections.abc import Iterator
 import fusion_aiter.communicators
 from fusion_core import Requirement, Site, Strategy, hookimpl
 from fusion_core.errors import FusionError
+from fusion_core.samples.sites import Impossible, fitted
 from fusion_core.testing import CheckFailed, Subject, Values, example_site, pools, sides
 from fusion_core.testing.checking import judge, run
 from fusion_core.testing.jobs import Outcome, compare
-from fusion_core.testing.sites import Impossible, fitted
 from tests.aiter_backend import as_amd
 from tests.aiter_backend.as_amd import fusion_available  # noqa: F401  # a hook
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from fusion_core.benching.result import Fusion, Row
+from fusion_core.bench.result import Fusion, Row
 
 FUSION = Fusion(8, 8, {"acme.one_shot": 8}, (), ())
 

@@ -3,8 +3,8 @@
 import torch
 import torch.distributed as dist
 
-from fusion_core.benching.shapes import SHAPES
-from fusion_core.benching.stack import Stack, tokens
+from fusion_core.bench.shapes import SHAPES
+from fusion_core.bench.stack import Stack, tokens
 
 LAYERS, BATCH, CONTEXT = 2, 3, 16
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fusion_core.benching import outputs
+from fusion_core.bench import outputs
 
 ONES = torch.ones(2, 3)
 INF, NAN = math.inf, math.nan

@@ -4,9 +4,9 @@ import math
 import pytest
 
 from fusion_core import fell_back
-from fusion_core.benching.result import Fusion, Outcome
+from fusion_core.bench.result import Fusion, Outcome
 from fusion_core.reason import Reason
-from fusion_core.report import Report, SiteReport
+from fusion_core.report.report import Report, SiteReport
 from tests.benching.rows import row
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import fusion_core
-from fusion_core import FusionConfig, history
-from fusion_core.benching import run as module
-from fusion_core.benching.run import Plan, run
-from fusion_core.report import Report, SiteReport
+from fusion_core import FusionConfig
+from fusion_core.bench import run as module
+from fusion_core.bench.run import Plan, run
+from fusion_core.report import history
+from fusion_core.report.report import Report, SiteReport
 from fusion_core.user_code import Call
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fusion_core.benching import shapes
-from fusion_core.benching.shapes import SHAPES
-from fusion_core.benching.stack import Stack, tokens
+from fusion_core.bench import shapes
+from fusion_core.bench.shapes import SHAPES
+from fusion_core.bench.stack import Stack, tokens
 from fusion_core.workers import WorkerPool
 from tests.benching.stack_jobs import BATCH, CONTEXT, CPU, LAYERS, sharded, stack
 

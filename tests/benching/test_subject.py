@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 
 from fusion_core import ConfigError
-from fusion_core.benching.shapes import SHAPES, named
-from fusion_core.benching.subject import BATCHES, Function, NamedShape, parse_batches, subject
+from fusion_core.bench.shapes import SHAPES, named
+from fusion_core.bench.subject import BATCHES, Function, NamedShape, parse_batches, subject
 
 SOURCE = """
 def plain(): return abs, (-1,)

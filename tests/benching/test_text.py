@@ -1,7 +1,7 @@
 import math
 
-from fusion_core.benching import text
-from fusion_core.benching.result import Fusion, Outcome
+from fusion_core.bench.result import Fusion, Outcome
+from fusion_core.cli import bench_text as text
 from fusion_core.cli.output import show
 from tests.benching.rows import row
 

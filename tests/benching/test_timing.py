@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from fusion_core.benching import timing
-from fusion_core.benching.timing import FEWEST_STEPS, MOST_STEPS, WARM, Clock, largest, rounds, steps_of
+from fusion_core.bench import timing
+from fusion_core.bench.timing import FEWEST_STEPS, MOST_STEPS, WARM, Clock, largest, rounds, steps_of
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

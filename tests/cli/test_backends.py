@@ -3,7 +3,8 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from fusion_core import BackendError, Reason, Status, registry
+from fusion_core import BackendError, Reason, Status
+from fusion_core.plugins import registry
 from tests.support.graphs import plugin
 
 

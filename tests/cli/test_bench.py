@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from fusion_core.benching.shapes import SHAPES
+from fusion_core.bench.shapes import SHAPES
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fusion_core import DType, FusionConfig, MultipleOf, Registry, Strategy, WorldSize, hookimpl
-from fusion_core.registry import GROUP
-from fusion_core.support import support_table
+from fusion_core.plugins.registry import GROUP
+from fusion_core.plugins.support_table import support_table
 
 
 def _norm(x, weight, eps, *, group):

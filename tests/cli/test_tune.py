@@ -12,9 +12,9 @@ from fusion_core import ConfigError, FusionConfig
 from fusion_core.cli.commands import tune
 from fusion_core.errors import BackendError
 from fusion_core.site import Device
-from fusion_core.tuning.store import find, read
-from fusion_core.tuning.sweep import Note
-from fusion_core.tuning.tuner import Tuned
+from fusion_core.tables.store import find, read
+from fusion_core.tune.sweep import Note
+from fusion_core.tune.tuner import Tuned
 
 RECORDED = read(Path(__file__).parent.parent / "tuning" / "h200x4.json")
 ADD = "all_reduce_add_rms_norm"

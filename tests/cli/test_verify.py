@@ -3,7 +3,7 @@ import shlex
 
 import pytest
 
-from fusion_core import registry
+from fusion_core.plugins import registry
 from fusion_core.testing import CHECKS, CheckFailed, checking, pools, subjects
 
 FEW = ("--check", "accepts_its_own_example", "--check", "declares_what_the_definition_gives")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import fx
 
 from fusion_core import Report
-from fusion_core.pairing import PROVENANCE, SITE
+from fusion_core.emit.pairing import PROVENANCE, SITE
 
 Placed = list[tuple[str, str | None]]
 """The all_reduces of a row with the strategy at each."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
 from fusion_core import Registry, Strategy
-from fusion_core.dialects.flashinfer import DIALECT, FOUR_OVER_SIX
+from fusion_core.lift.dialects.flashinfer import DIALECT, FOUR_OVER_SIX
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.vocabulary.scale_layout import round_up
 from tests.dialects.agreement import assert_agree

@@ -25,9 +25,9 @@ from fusion_core import (
     TensorMeta,
     vocabulary,
 )
-from fusion_core.dialects import CORE_DIALECTS
-from fusion_core.loading import check_dialect
+from fusion_core.lift.dialects import CORE_DIALECTS
 from fusion_core.patterns import CORE_PATTERNS
+from fusion_core.plugins.loader import check_dialect
 from tests.support.graphs import Fused, fuse, plugin, registry
 
 pytestmark = pytest.mark.usefixtures("one_rank")

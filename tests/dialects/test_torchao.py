@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
 from fusion_core import Registry, Strategy
-from fusion_core.dialects.torchao import DIALECT
+from fusion_core.lift.dialects.torchao import DIALECT
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.vocabulary.scale_layout import swizzle_128x4
 from tests.support.graphs import Fused, fuse, plugin, registry

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusion_core import Registry
-from fusion_core.dialects.vllm import DIALECT
+from fusion_core.lift.dialects.vllm import DIALECT
 from tests.dialects.agreement import assert_agree, assert_as_exact
 from tests.dialects.vllm_cases import ADD, CASES, EPS, FUNCTIONAL, TOKENS, Case, given, group_fp8, ir, reduce, vllm
 from tests.dialects.vllm_groups import vllm_groups

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 import fusion_core
-from fusion_core import Requirement, hookspecs, known_faster, requirements, token_counts
+from fusion_core import Requirement
+from fusion_core.plugins import hookspecs, known_faster, requirements, token_counts
 from fusion_core.testing import CHECKS
 from tests.test_requirements import CASES
 

@@ -15,9 +15,9 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from fusion_core import common_ground
-from fusion_core.agreement import Agreement, NoAgreement
-from fusion_core.per_group import outside
+from fusion_core.agree import ranks as common_ground
+from fusion_core.agree.agreement import Agreement, NoAgreement
+from fusion_core.workspaces.per_group import outside
 from tests.common_ground_jobs import of
 from tests.faults.rank_jobs import limit, of_group, vote
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from fusion_core import sources
-from fusion_core.fingerprint import fingerprint
-from fusion_core.sources import plugin_files
+from fusion_core.plugins import sources
+from fusion_core.plugins.fingerprint import fingerprint
+from fusion_core.plugins.sources import plugin_files
 from tests.faults.fault import Fault
 from tests.support.graphs import REFERENCE, registry
 

@@ -17,7 +17,7 @@ import torch
 
 import fusion_core
 from fusion_core import FusionConfig, Registry
-from fusion_core.support import support_table
+from fusion_core.plugins.support_table import support_table
 from tests.faults import plugin_jobs
 from tests.faults.plugin_rows import COMPILING, DIALECTS, FIELDS, HOOKS, IMPORT, NAMES, RUNNING, WRAPPERS
 from tests.support.graphs import REFERENCE, fuse

@@ -15,11 +15,13 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from fusion_core import Reason, Registry, common_ground, exchange
-from fusion_core.agreement import Agreement, NoAgreement
-from fusion_core.common_ground import agree
-from fusion_core.exchange import Exchange
-from fusion_core.group_store import GroupStore, group_store
+from fusion_core import Reason, Registry
+from fusion_core.agree import exchange
+from fusion_core.agree import ranks as common_ground
+from fusion_core.agree.agreement import Agreement, NoAgreement
+from fusion_core.agree.exchange import Exchange
+from fusion_core.agree.group_store import GroupStore, group_store
+from fusion_core.agree.ranks import agree
 from tests.common_ground_jobs import of
 
 LIMIT = 3.0

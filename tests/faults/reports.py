@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
 import fusion_core
-from fusion_core import Decision, FusionConfig, Reason, Report, SiteReport, Stage, history, run_time
+from fusion_core import Decision, FusionConfig, Reason, Report, SiteReport, Stage, run_time
+from fusion_core.report import history
 from tests.faults.fault import Fault
 from tests.support.graphs import REFERENCE, fuse, registry
 from tests.test_emission import KERNEL, acme

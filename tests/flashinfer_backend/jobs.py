@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusion_core import FusionConfig, per_group, run_time
-from fusion_core.agreement import Agreement
+from fusion_core import FusionConfig, run_time
+from fusion_core.agree.agreement import Agreement
 from fusion_core.patterns.plain import all_reduce
 from fusion_core.run_time import fallen_back
+from fusion_core.workspaces import per_group
 from fusion_flashinfer import creation, launch
 from fusion_flashinfer.kernels import KERNELS
 from fusion_flashinfer.limits import MOST

@@ -11,8 +11,8 @@ import torch
 
 from fusion_core import Device, FixedTokens, FusionConfig, KnownFaster
 from fusion_core.patterns import CORE_PATTERNS
+from fusion_core.samples.sites import resized, with_outputs
 from fusion_core.testing import example_site
-from fusion_core.testing.sites import resized, with_outputs
 from fusion_flashinfer import availability, strategies
 from fusion_flashinfer.kernels import KERNELS
 from fusion_flashinfer.limits import LIMITS, MIB, MOST, ONE_SHOT, TWO_SHOT

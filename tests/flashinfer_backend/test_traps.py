@@ -10,8 +10,8 @@ import torch
 
 from fusion_flashinfer import creation
 from fusion_flashinfer.calls import PARAMETERS, call_for
+from fusion_flashinfer.fused import fused
 from fusion_flashinfer.kernels import KERNELS, allocate
-from fusion_flashinfer.launch import fused
 from fusion_flashinfer.strategies import STRATEGIES
 from tests.flashinfer_backend import stand_in
 

@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import fusion_core
 from fusion_core import FusionConfig
-from fusion_core.tuning.machine import Machine
-from fusion_core.tuning.store import to_json
-from fusion_core.tuning.table import Row, Table
+from fusion_core.tables.machine import Machine
+from fusion_core.tables.store import to_json
+from fusion_core.tables.table import Row, Table
 
 ADD = "all_reduce_add_rms_norm"
 HIDDEN = 2048

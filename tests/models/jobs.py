@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 import fusion_core
 from fusion_core import FusionConfig, FusionPass
 from fusion_core._inductor import post_grad_only
-from fusion_core.pairing import PROVENANCE
+from fusion_core.emit.pairing import PROVENANCE
 from fusion_core.testing.compiled import operators
 from tests.models import plugins
 from tests.models.architectures import VOCABULARY

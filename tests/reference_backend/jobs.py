@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 import fusion_reference
-from fusion_core import per_group
 from fusion_core.run_time import fallen_back
+from fusion_core.workspaces import per_group
 from fusion_reference import buffers, symm_mem
 from fusion_reference.buffers import BUFFERS
 from fusion_reference.ops import operator

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusion_core.patterns.plain import all_reduce
-from fusion_core.self_check import distance
+from fusion_core.workspaces.self_check import distance
 from fusion_reference.ops import operator
 
 

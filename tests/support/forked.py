@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from fusion_core.workers import _environment, _path, _Worker
+from fusion_core.workers.pool import _environment, _path, _Worker
 
 ROOT = Path(__file__).parents[2]
 SERVERS = 2
@@ -58,7 +58,7 @@ class _Start:
     directory: str
 
     def _bootstrap(self, parent_sentinel: int) -> int:
-        from fusion_core.worker_process import serve
+        from fusion_core.workers.process import serve
         from tests.support import one_loop
 
         one_loop.use()

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fusion_core import FusionConfig, FusionPass, Registry, Report, SiteReport, _inductor
-from fusion_core.lifting.collectives import TARGETS
+from fusion_core.lift.collectives import TARGETS
 
 REFERENCE = EntryPoint("reference", "fusion_reference", "fusion_core.backends")
 

@@ -10,6 +10,6 @@ import torch._inductor.fx_passes.post_grad
 import torch._inductor.graph
 import torch.distributed._functional_collectives
 
-import fusion_core.worker_process
+import fusion_core.workers.process
 import tests.support.graphs
 import tests.support.one_loop

@@ -8,6 +8,9 @@ import torch
 
 from fusion_core import Device, MultipleOf, Reason, Site, SizeBetween, Strategy, TensorMeta, pattern
 from fusion_core.patterns import CORE_PATTERNS
+from fusion_core.samples.layouts import LAYOUTS, strides
+from fusion_core.samples.sites import describe
+from fusion_core.samples.tensors import ROWS
 from fusion_core.testing import (
     Impossible,
     NoSides,
@@ -21,9 +24,6 @@ from fusion_core.testing import (
     sides,
     subjects,
 )
-from fusion_core.testing.layouts import LAYOUTS, strides
-from fusion_core.testing.sites import describe
-from fusion_core.testing.tensors import ROWS
 from fusion_core.vocabulary import all_reduce, rms_norm
 from tests.testing.wrong_backends import ELSEWHERE, PATTERN
 

@@ -29,13 +29,11 @@ from fusion_core import (
     Tokens,
     WorldSize,
     hookimpl,
-    known_faster,
-    requirements,
-    token_counts,
 )
 from fusion_core.patterns.plain import all_reduce_add_rms_norm
+from fusion_core.plugins import known_faster, requirements, token_counts
+from fusion_core.samples.requirement_sides import sides
 from fusion_core.testing import CHECKS, CheckFailed, subjects
-from fusion_core.testing.requirement_sides import sides
 
 (CHECK,) = [check for check in CHECKS if check.name == "refuses_on_the_wrong_side_of_each_requirement"]
 BF16, FP16 = torch.bfloat16, torch.float16

@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 
 from fusion_core import FusionConfig
-from fusion_core.registry import GROUP, Registry
-from fusion_core.tuning.clocks import WallClock
-from fusion_core.tuning.measure import Bench
-from fusion_core.tuning.plan import Plan
-from fusion_core.tuning.ranks import Ranks
+from fusion_core.plugins.registry import GROUP, Registry
+from fusion_core.tune.clocks import WallClock
+from fusion_core.tune.measure import Bench
+from fusion_core.tune.plan import Plan
+from fusion_core.tune.ranks import Ranks
 from tests.tuning import acme
 
 DTYPE = torch.float32

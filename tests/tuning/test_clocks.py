@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fusion_core.tuning import clocks
-from fusion_core.tuning.clocks import GraphClock
+from fusion_core.tune import clocks
+from fusion_core.tune.clocks import GraphClock
 
 DEVICE = torch.device("cpu")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from fusion_core import plotting
-from fusion_core.tuning import UNFUSED, Machine, Row, Table
-from fusion_core.tuning.crossovers import crossovers, drawing, fastest, panels, series
-from fusion_core.tuning.store import read
+from fusion_core.tables import UNFUSED, Machine, Row, Table
+from fusion_core.tables.store import read
+from fusion_core.tune.crossovers import crossovers, drawing, fastest, panels, series
 
 ADD = "all_reduce_add_rms_norm"
 RECORDED = {ranks: read(Path(__file__).parent / f"h200x{ranks}.json") for ranks in (2, 4)}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fusion_core import Device
-from fusion_core.tuning import Machine, links, machine, refusal
-from fusion_core.tuning.links import links_between
+from fusion_core.tables import Machine, links, machine, refusal
+from fusion_core.tables.links import links_between
 
 VERSIONS = {"fusion-core": "0.1.0", "torch": "2.11.0+cu130", "flashinfer-python": "0.7.2"}
 H200 = Machine("NVIDIA H200", "sm_90", "nvlink 18", 4, "580.95.05", VERSIONS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusion_core.tuning.clocks import GraphClock
+from fusion_core.tune.clocks import GraphClock
 from fusion_core.workers import WorkerPool
 from tests.tuning import jobs
 from tests.tuning.acme import ADD

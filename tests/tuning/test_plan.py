@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fusion_core import ops
+from fusion_core.plugins.strategy import Strategy
 from fusion_core.reason import Reason
-from fusion_core.strategy import Strategy
-from fusion_core.tuning import UNFUSED
-from fusion_core.tuning.plan import IMPORTANT, Plan, tensors
+from fusion_core.tables import UNFUSED
+from fusion_core.tune.plan import IMPORTANT, Plan, tensors
 from tests.tuning.acme import ADD, GROUP_FP8
 from tests.tuning.jobs import registry
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 
 from fusion_core import ConfigError, Device
-from fusion_core.tuning import UNFUSED, Machine, Row, Table, TableError, find, path_for, save, store
-from fusion_core.tuning.store import read, to_json
+from fusion_core.tables import UNFUSED, Machine, Row, Table, TableError, find, path_for, save, store
+from fusion_core.tables.store import read, to_json
 
 CPU = Device("cpu")
 HERE = Machine.here(2, CPU)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from fusion_core.tuning import Machine, Table
-from fusion_core.tuning.measure import Measured
-from fusion_core.tuning.store import read
-from fusion_core.tuning.sweep import sweep
+from fusion_core.tables import Machine, Table
+from fusion_core.tables.store import read
+from fusion_core.tune.measure import Measured
+from fusion_core.tune.sweep import sweep
 
 RECORDED = {ranks: read(Path(__file__).parent / f"h200x{ranks}.json") for ranks in (2, 4)}
 PATTERN = "all_reduce_add_rms_norm"

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given
 
 from fusion_core import ConfigError
-from fusion_core.tuning import UNFUSED, Machine, Row, Table, TableError
-from fusion_core.tuning.store import read
+from fusion_core.tables import UNFUSED, Machine, Row, Table, TableError
+from fusion_core.tables.store import read
 
 FOLDER = Path(__file__).parent
 ADD = "all_reduce_add_rms_norm"

@@ -1,8 +1,8 @@
 """What has no figure, as a person reads it: by reasons, not by paths."""
 
-from fusion_core.tuning.schema import UNFUSED
-from fusion_core.tuning.sweep import Note
-from fusion_core.tuning.text import notes
+from fusion_core.cli.tune_text import notes
+from fusion_core.tables.schema import UNFUSED
+from fusion_core.tune.sweep import Note
 
 
 def few_rows(path, pattern, tokens=(1, 2)):

@@ -20,9 +20,10 @@ from torch._C._distributed_c10d import PrefixStore
 from fusion_aiter import library
 from fusion_aiter.availability import known_bad_runtime, release_of
 from fusion_aiter.source import Source, installed
-from fusion_core import Device, Reason, agreement
-from fusion_core.agreement import Agreement, NoAgreement
-from fusion_core.per_group import host, synchronize
+from fusion_core import Device, Reason
+from fusion_core.agree import agreement
+from fusion_core.agree.agreement import Agreement, NoAgreement
+from fusion_core.workspaces.per_group import host, synchronize
 
 ARRIVAL = 900.0
 """Seconds for all ranks to come to their first call: one may still compile its model, or build AITER's kernels."""

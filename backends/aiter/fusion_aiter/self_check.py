@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fusion_aiter.calls import call
+from fusion_aiter.held import Held
 from fusion_aiter.kernels import Form, Kernel
 from fusion_core import Reason
 from fusion_core.patterns import CORE_PATTERNS
-from fusion_core.self_check import EPS, farthest_off
-
-if TYPE_CHECKING:
-    from fusion_aiter.communicators import Held
+from fusion_core.workspaces.self_check import EPS, farthest_off
 
 PATTERNS = {pattern.name: pattern for pattern in CORE_PATTERNS}
 GROUP_SIZES = (128, 64, 32, 16, 8)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusion_core import Reason, agreement
-from fusion_core.agreement import Agreement
-from fusion_core.per_group import host
+from fusion_core import Reason
+from fusion_core.agree import agreement
+from fusion_core.agree.agreement import Agreement
+from fusion_core.workspaces.per_group import host
 from fusion_flashinfer import library
 from fusion_flashinfer.availability import multicast_off
 from fusion_flashinfer.calls import Call, call_for

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fusion_core import Reason
-from fusion_core.per_group import PerGroup
+from fusion_core.workspaces.per_group import PerGroup
 from fusion_flashinfer import creation
 
 

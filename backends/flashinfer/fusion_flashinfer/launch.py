@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_flashinfer.held import Ready
+from fusion_flashinfer.fused import fused
 from fusion_flashinfer.kernels import Kernel, allocate
 from fusion_flashinfer.limits import MOST
 from fusion_flashinfer.unfused import unfused
@@ -19,9 +19,6 @@ from fusion_flashinfer.workspaces import WORKSPACES
 
 ALIGNMENT = 16
 """Bytes: the kernels load vectors of 16 and fault on other addresses."""
-
-LAYOUTS = {"swizzled_128x4": 0, "linear": 2}
-"""``QuantizationSFLayout``. Its 8x4 layout is not here: the kernels of ``trtllm`` write nothing there."""
 
 
 def launch(
@@ -100,33 +97,6 @@ def launch(
             return buffers.shaped(kernel, x.shape[:-1])
         fused(kernel, ready, buffers.part(part), given, added, weight, scale, eps, weight_bias, option, pdl)
     return buffers.shaped(kernel, x.shape[:-1])
-
-
-def fused(
-    kernel: Kernel,
-    ready: Ready,
-    buffers: Any,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    option: Any,
-    pdl: bool,
-) -> None:
-    """FlashInfer's call, into ``buffers``."""
-    if kernel.norms and residual is None:
-        residual = ready.zeros(x)
-    if scale is not None and scale.dim() != 1:
-        scale = scale.reshape(1)
-    layout = group_size = None
-    if option is not None:
-        layout, group_size = (LAYOUTS[option], None) if kernel.quantization == "nvfp4" else (None, option)
-    ready.call(
-        kernel.code, ready.one_shot, pdl, x, buffers.total, residual, buffers.normed, buffers.quantized, buffers.scale,
-        weight, eps, weight_bias, scale, layout, group_size,
-    )  # fmt: skip
 
 
 def _rows(tensor: Tensor, hidden: int) -> Tensor:

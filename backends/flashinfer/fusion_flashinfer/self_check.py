@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusion_core import Reason
 from fusion_core.patterns import CORE_PATTERNS
-from fusion_core.self_check import EPS, distance, farthest_off
+from fusion_core.workspaces.self_check import EPS, distance, farthest_off
+from fusion_flashinfer.fused import fused
+from fusion_flashinfer.held import Ready
 from fusion_flashinfer.kernels import Buffers, Kernel, allocate
-
-if TYPE_CHECKING:
-    from fusion_flashinfer.held import Ready
 
 SCALE = 1 / 64
 OPTIONS: dict[str, dict[str, Any]] = {"group_fp8": {"group_size": 128}, "nvfp4": {"scale_layout": "linear"}}
@@ -33,8 +32,6 @@ def self_check(
     pdl: bool,
 ) -> Reason | None:
     """Why a kernel is not used here, or None. Every rank of the group calls it; allocates, so not in a capture."""
-    from fusion_flashinfer.launch import fused
-
     options = OPTIONS.get(kernel.quantization, {})
     option = next(iter(options.values()), None)
 

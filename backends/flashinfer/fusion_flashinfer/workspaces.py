@@ -1,7 +1,7 @@
 """FlashInfer's workspaces: one for each process group and dtype class, made by all its ranks when first needed.
 
 Nothing here is done while a CUDA graph is being captured, and every step is one that all ranks of the group take
-together: the same calls in the same order give them the same sizes, and `fusion_core.agreement` the same outcomes.
+together: the same calls in the same order give them the same sizes and the same outcomes (`fusion_core.agree`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusion_core import Reason, Status, per_group
-from fusion_core.agreement import NoAgreement
-from fusion_core.per_group import Groups, resolve, synchronize
+from fusion_core import Reason, Status
+from fusion_core.agree.agreement import NoAgreement
 from fusion_core.run_time import fell_back
+from fusion_core.workspaces import per_group
+from fusion_core.workspaces.per_group import Groups, resolve, synchronize
 from fusion_flashinfer import creation
 from fusion_flashinfer.held import Held, Ready
 from fusion_flashinfer.kernels import Kernel

@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusion_core import Reason, agreement
-from fusion_core.per_group import host
+from fusion_core import Reason
+from fusion_core.agree import agreement
+from fusion_core.workspaces.per_group import host
 
 GRANULARITY = 2 << 20
 """Bytes to which the driver rounds an allocation that is shared between GPUs."""

@@ -9,7 +9,7 @@ import typer
 from fusion_core.cli import machine
 from fusion_core.cli.options import Json, Options, Order, Strict, make_config
 from fusion_core.cli.output import print_json, show, table
-from fusion_core.registry import Registry
+from fusion_core.plugins.registry import Registry
 from fusion_core.site import Device
 
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 import typer
 
 from fusion_core import plotting
-from fusion_core.benching import text
-from fusion_core.benching.result import Outcome
-from fusion_core.benching.shapes import SHAPES
-from fusion_core.benching.subject import BATCHES, CONTEXT, LAYERS, parse_batches, subject
+from fusion_core.bench.result import Outcome
+from fusion_core.bench.shapes import SHAPES
+from fusion_core.bench.subject import BATCHES, CONTEXT, LAYERS, parse_batches, subject
+from fusion_core.cli import bench_text as text
 from fusion_core.cli import machine
 from fusion_core.cli.launch import launch
 from fusion_core.cli.options import Json, Options, Order, Strict, make_config
@@ -27,7 +27,7 @@ from fusion_core.cli.output import Stages, check_can_write, print_json, show, ta
 from fusion_core.cli.process_group import check_same, choices, command, process_group
 from fusion_core.cli.user_code import failed
 from fusion_core.errors import ConfigError, FusionError
-from fusion_core.registry import Registry
+from fusion_core.plugins.registry import Registry
 
 
 class Mode(StrEnum):
@@ -124,7 +124,7 @@ def bench(
                 "this is one process, in which there is nothing to reduce, needs 2 or more; "
                 "torchrun --nproc-per-node 2 -m fusion_core bench ..."
             )
-        from fusion_core.benching.run import Plan, run  # not before: it brings the compiler
+        from fusion_core.bench.run import Plan, run  # not before: it brings the compiler
 
         mode_name = None if mode is None else mode.value
         plan = Plan(config, mode_name, dynamic, rounds, seconds, most_difference, budget, began)

@@ -15,7 +15,7 @@ from fusion_core.cli.demo_result import Result, Setup
 from fusion_core.cli.options import Json, make_config
 from fusion_core.cli.output import Stages, print_json, show, table
 from fusion_core.errors import ConfigError
-from fusion_core.registry import Registry
+from fusion_core.plugins.registry import Registry
 from fusion_core.workers import WorkerError, WorkerPool
 
 WORLD_SIZES = (2, 4, 8)

@@ -17,8 +17,8 @@ from fusion_core.cli.process_group import check_same, choices, process_group
 from fusion_core.cli.user_code import failed
 from fusion_core.config import FusionConfig
 from fusion_core.errors import ConfigError, FusionError
-from fusion_core.registry import Registry
-from fusion_core.report import Report
+from fusion_core.plugins.registry import Registry
+from fusion_core.report.report import Report
 from fusion_core.user_code import as_call, find
 
 

@@ -12,8 +12,8 @@ from fusion_core.cli.options import Json, make_config
 from fusion_core.cli.output import print_json
 from fusion_core.errors import ConfigError, PatternError
 from fusion_core.patterns.definition import Pattern
-from fusion_core.registry import Registry
-from fusion_core.support import support_cells, support_table
+from fusion_core.plugins.registry import Registry
+from fusion_core.plugins.support_table import support_cells, support_table
 
 
 def patterns(

@@ -26,11 +26,11 @@ from fusion_core.cli.process_group import check_same, choices, command, process_
 from fusion_core.cli.tuned import check_can_keep, finish
 from fusion_core.errors import ConfigError
 from fusion_core.patterns.definition import Pattern
-from fusion_core.registry import Registry
-from fusion_core.tuning.schema import LARGEST
+from fusion_core.plugins.registry import Registry
+from fusion_core.tables.schema import LARGEST
 
 if TYPE_CHECKING:
-    from fusion_core.tuning.tuner import Tuned
+    from fusion_core.tune.tuner import Tuned
 
 LAUNCH = "torchrun --nproc-per-node 2 -m fusion_core tune"
 PATIENCE = 300.0
@@ -160,10 +160,10 @@ def _measure(
     budget: float,
     rank: int,
 ) -> Tuned:
-    from fusion_core.tuning.clocks import clock_for  # not before: they bring the compiler
-    from fusion_core.tuning.plan import Plan
-    from fusion_core.tuning.ranks import Ranks
-    from fusion_core.tuning.tuner import tune as run
+    from fusion_core.tune.clocks import clock_for  # not before: they bring the compiler
+    from fusion_core.tune.plan import Plan
+    from fusion_core.tune.ranks import Ranks
+    from fusion_core.tune.tuner import tune as run
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -179,7 +179,7 @@ def _measure(
 
 def _leave(status: int) -> None:
     """End this process without destroying the process group, which can wait for ever behind CUDA graphs."""
-    from fusion_core.tuning.ranks import Ranks
+    from fusion_core.tune.ranks import Ranks
 
     Ranks().meet()  # one that ended with a failure before would have torchrun end rank 0 while it prints
     sys.stdout.flush()

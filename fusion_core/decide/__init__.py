@@ -1,0 +1,1 @@
+"""Which strategy runs at each site."""

@@ -1,9 +1,0 @@
-"""How the operators of each framework read in the neutral vocabulary."""
-
-from fusion_core.dialects import flashinfer, torchao, vllm
-from fusion_core.lifting.dialect import Dialect
-
-CORE_DIALECTS: tuple[Dialect, ...] = (torchao.DIALECT, flashinfer.DIALECT, vllm.DIALECT)
-"""The library's own dialects of frameworks; a plugin's reading of the same operator counts instead."""
-
-__all__ = ["CORE_DIALECTS"]

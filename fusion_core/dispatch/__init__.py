@@ -1,0 +1,1 @@
+"""Operators that pick a strategy when they run."""

@@ -1,0 +1,1 @@
+"""The chosen strategy in, the nodes of the site out."""

@@ -1,0 +1,107 @@
+"""Reductions over the last dimension: mean squares, and maxima of magnitudes."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from fusion_core.lift.algebra import Function, Meaning, MeanSquare, Of, dtype_of, one_element, shape_of
+from fusion_core.lift.rules import FLOATS, Read, Rules
+from fusion_core.reason import Reason
+
+RULES = Rules()
+aten = torch.ops.aten
+
+
+@RULES.reads(aten.mean.dim, aten.mean.default)
+def _mean(node: fx.Node, read: Read) -> Meaning | Reason | None:
+    return _elsewhere(node, "mean") or _mean_square(node, read, 1.0)
+
+
+@RULES.reads(aten.sum.dim_IntList)
+def _sum(node: fx.Node, read: Read) -> Meaning | Reason | None:
+    size = shape_of(node.args[0])[-1:] if isinstance(node.args[0], fx.Node) else ()
+    if not size or not isinstance(size[0], int) or _elsewhere(node, "sum"):
+        return None
+    meaning = _mean_square(node, read, float(size[0]))
+    return meaning if isinstance(meaning, Meaning) else None  # sums are many; few of them mean a norm
+
+
+def _mean_square(node: fx.Node, read: Read, count: float) -> Meaning | Reason | None:
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node)
+    meaning = read(operand)
+    if dtype_of(node) not in FLOATS or meaning.row is not None:
+        return None
+    if len(meaning.factors) != 1:
+        scale = next((a.node for a, _ in meaning.factors if isinstance(a, Of) and one_element(a.node)), None)
+        if scale is None:
+            return None
+        found = f"{node.name} is a mean of squares of what is scaled by {scale.name}"
+        return Reason("scaled", found, "the sum as it is")
+    ((atom, exponent),) = meaning.factors
+    if isinstance(atom, Function) and atom.name == "abs" and exponent == 1:
+        return Reason("mean", f"{node.name} is a mean of |x|", "a mean of squares")
+    if not isinstance(atom, Of) and not (isinstance(atom, Function) and atom.name == "abs"):
+        return None
+    if exponent != 2.0 or not isinstance(atom, Of):
+        what = "of the values themselves, as LayerNorm takes it" if exponent == 1 else f"of powers of {exponent:g}"
+        return Reason("mean", f"{node.name} is a mean {what}", "a mean of squares")
+    if meaning.coefficient not in (1.0, 1.0 / count):
+        found = f"{node.name} is a mean of squares of {atom.node} scaled by {abs(meaning.coefficient) ** 0.5:g}"
+        return Reason("scaled", found, "the sum as it is")
+    return Meaning(frozenset({(MeanSquare(atom.node), 1.0)}), count * meaning.coefficient, _keeps(node))
+
+
+@RULES.reads(aten.amax.default, aten.max.default)
+def _amax(node: fx.Node, read: Read) -> Meaning | Reason | None:
+    return _elsewhere(node, "maximum") or _maximum(node, node, read)
+
+
+@RULES.reads(operator.getitem)
+def _part(node: fx.Node, read: Read) -> Meaning | Reason | None:
+    whole, index = node.args
+    if not isinstance(whole, fx.Node):
+        return None
+    if whole.target is aten.var_mean.correction:
+        return Reason("mean", f"{whole.name} is a variance about the mean, as LayerNorm takes it", "a mean of squares")
+    if whole.target in (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int):
+        return Reason("part", f"{node.name} is a part of {whole.args[0]}", "the whole")
+    if whole.target is aten.max.dim and index == 0:
+        return _elsewhere(whole, "maximum") or _maximum(node, whole, read)
+    return None
+
+
+def _maximum(node: fx.Node, reduction: fx.Node, read: Read) -> Meaning | Reason | None:
+    meaning = read(reduction.args[0])
+    if dtype_of(node) not in FLOATS or meaning.row is not None or meaning.coefficient <= 0:
+        return None
+    atom = meaning.sole
+    if not isinstance(atom, Function) or atom.name != "abs":
+        of = "the values themselves" if meaning.multiple is not None else "a function of the values"
+        return Reason("maximum", f"{node.name} is a maximum of {of}", "one of their magnitudes")
+    return Meaning(frozenset({(Function("abs_max", atom.term), 1.0)}), meaning.coefficient, _keeps(reduction))
+
+
+def _elsewhere(node: fx.Node, name: str) -> Reason | None:
+    """Why a reduction is not one over the last dimension alone."""
+    operand, dims = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    assert isinstance(operand, fx.Node)
+    last = len(shape_of(operand)) - 1
+    if isinstance(dims, int):
+        dims = [dims]
+    all_of_them = isinstance(dims, list | tuple) and len(dims) == last + 1 > 1
+    if not dims or all_of_them or not isinstance(dims, list | tuple):
+        found = f"{node.name} is a {name} over the whole tensor {operand.name}"
+        return Reason("reduction", found, "one over the last dimension")
+    if tuple(dims) in ((-1,), (last,)):
+        return None
+    text = " and ".join(str(d % (last + 1)) if isinstance(d, int) else str(d) for d in dims)
+    plural = "s" if len(dims) > 1 else ""
+    return Reason("reduction", f"{node.name} is a {name} over dimension{plural} {text} of {last + 1}", "the last one")
+
+
+def _keeps(node: fx.Node) -> bool:
+    return bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))

@@ -1,0 +1,83 @@
+"""What nearly is a word of a value, and is not: looked for where the value is, and no further."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusion_core.lift.algebra import Function, Meaning
+from fusion_core.lift.term import Term
+from fusion_core.reason import Reason
+
+_CONCERNS = {
+    "add": (("broadcast",), ("part",)),
+    "rms_norm": (
+        ("mean", "reduction", "root", "eps", "scaled", "weight"),
+        ("part", "heads", "rounded", "maximum"),
+        ("factor",),
+    ),
+}
+"""Codes of the near misses of a word, the most telling first."""
+_STILL_IT = ("rounded", "part", "heads")
+"""Codes of near misses behind which something may still be said of the value."""
+_MOST = 40  # nodes around a value
+
+
+class Misses(dict[fx.Node, Reason]):
+    """Nodes that nearly read as something → why they do not.
+
+    Args:
+        meanings: What each node of the graph is.
+        terms: The words that take a value.
+    """
+
+    def __init__(self, meanings: Mapping[fx.Node, Meaning], terms: Mapping[Any, Sequence[Term]]) -> None:
+        super().__init__()
+        self._meanings = meanings
+        self._terms = terms
+        self._near: dict[tuple[fx.Node, str], Reason | None] = {}
+
+    def near(self, value: fx.Node, word: str) -> Reason | None:
+        """What nearly is the word, among what reads as a function of the value: nothing that comes of another one."""
+        if word not in _CONCERNS or not self:
+            return None
+        if (value, word) not in self._near:
+            self._near[value, word] = self._search(value, word)
+        return self._near[value, word]
+
+    def _search(self, value: fx.Node, word: str) -> Reason | None:
+        waiting, seen = [value], {value}
+        found: list[Reason] = []
+        while waiting and len(seen) < _MOST:
+            for user in waiting.pop(0).users:
+                if user in seen or user.op != "call_function":
+                    continue
+                seen.add(user)
+                reason = self.get(user)
+                if reason is not None and self._counts(reason, user, word, seen):
+                    found.append(reason)
+                if self._reads_on(user, word) or (reason is not None and reason.code in _STILL_IT):
+                    waiting.append(user)
+        return next((reason for codes in _CONCERNS[word] for reason in found if reason.code in codes), None)
+
+    def _reads_on(self, node: fx.Node, word: str) -> bool:
+        """Whether a node is still on the way from a value to a word. A bound, for one, makes another value of it."""
+        meaning = self._meanings.get(node)
+        if meaning is None:  # of several results, one may be a near miss
+            return not isinstance(node.meta.get("val"), torch.Tensor)
+        if word == "add":
+            return meaning.multiple is not None
+        bounds = (atom for atom, _ in meaning.factors if isinstance(atom, Function) and atom.name != "abs")
+        return meaning.row is not None or next(bounds, None) is None
+
+    def _counts(self, reason: Reason, node: fx.Node, word: str, seen: set[fx.Node]) -> bool:
+        """Whether a near miss is one of this word.
+
+        A part of a value is where that part is normed, or added. What is broadcast comes from elsewhere.
+        """
+        if reason.code in ("part", "heads"):
+            return any(term.word == word for term in self._terms.get(node, ()))
+        return reason.code != "broadcast" or sum(source in seen for source in node.all_input_nodes) == 1

@@ -1,0 +1,1 @@
+"""Where a pattern matches a lifted graph, or the nearest miss."""

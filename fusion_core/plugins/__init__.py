@@ -1,0 +1,1 @@
+"""What a backend declares, and how it is loaded."""

@@ -1,0 +1,6 @@
+"""Every decision as a value, as text, as JSON, as a page, and kept beside the compile cache."""
+
+from fusion_core.report.record import Merge, Outcome, SiteReport
+from fusion_core.report.report import Report
+
+__all__ = ["Merge", "Outcome", "Report", "SiteReport"]

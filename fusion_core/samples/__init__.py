@@ -1,0 +1,1 @@
+"""Example sites and tensors, on both sides of each requirement."""

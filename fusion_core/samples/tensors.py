@@ -1,0 +1,99 @@
+"""The numbers in the tensors of a site, from a small description that workers build them from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fusion_core.samples.layouts import empty
+from fusion_core.samples.sites import SCALES, VECTORS
+from fusion_core.site import Site, TensorMeta
+
+ROWS = ("normal", "zeros", "huge", "tiny", "small", "subnormal", "spike", "inf", "-inf", "nan")
+"""What a row may hold: see `build_tensors`."""
+AMAX = 6.0
+"""About the largest magnitude of a norm's output, for which calibrated scales are made."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the tensors of one example hold. The same object gives the same numbers in every process.
+
+    Attributes:
+        seed: Of the random numbers.
+        rows: Kinds of rows, out of `ROWS`, used in turn.
+        residual: Whether a residual's rows are of the same kinds; ordinary numbers else.
+        saturating: Scales known beforehand are 16 times too small, so that ordinary rows saturate.
+    """
+
+    seed: int = 0
+    rows: tuple[str, ...] = ("normal",)
+    residual: bool = True
+    saturating: bool = False
+
+
+def build_tensors(
+    site: Site, values: Values, rank: int, device: torch.device | str | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of one rank: x is each rank's own, everything else is equal on all ranks.
+
+    Rows of x are random numbers around 1 (``normal``), zero, times 1e15 (``huge``; 1e3 in float16), times 1e-20
+    (``tiny``; 1e-6 in float16), times 1e-3 (``small``), below the dtype's smallest normal number (``subnormal``), with
+    a last element 1000 times as large (``spike``), or with an infinity or NaN in front. Gaps between elements hold NaN.
+
+    Args:
+        site: Says shapes, strides and dtypes.
+        values: What they hold.
+        rank: Whose x.
+        device: Where to; None for the site's kind of device.
+    """
+    target = torch.device(site.device.type if device is None else device)
+    result = {}
+    for index, (name, meta) in enumerate(site.inputs.items()):
+        generator = torch.Generator().manual_seed((values.seed * 64 + index) * 64 + (rank + 1 if name == "x" else 0))
+        tensor = empty(meta, "cpu")
+        tensor.copy_(_numbers(site, name, meta, values, generator))
+        result[name] = tensor if target.type == "cpu" else _moved(tensor, meta, target)
+    return result
+
+
+def _moved(tensor: torch.Tensor, meta: TensorMeta, device: torch.device) -> torch.Tensor:
+    moved = empty(meta, device)
+    moved.copy_(tensor)
+    return moved
+
+
+def _numbers(site: Site, name: str, meta: TensorMeta, values: Values, generator: torch.Generator) -> torch.Tensor:
+    shape = tuple(map(int, meta.shape))
+    if name in SCALES:
+        factor = 16.0 if values.saturating else 1.0
+        value = 448.0 * 6.0 / AMAX * factor if name == "global_scale" else AMAX / 448.0 / factor
+        return torch.full(shape, value)
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if name in VECTORS:
+        return numbers * 0.5 + 1.0 - float(site.attributes.get("weight_bias", 0.0))
+    if shape and numbers.numel() and (name == "x" or values.residual):
+        rows = numbers.reshape(-1, shape[-1])
+        for index, row in enumerate(rows):
+            _fill(row, values.rows[index % len(values.rows)], meta.dtype)
+        return rows.view(shape)
+    return numbers
+
+
+def _fill(row: torch.Tensor, kind: str, dtype: torch.dtype) -> None:
+    """Make a row of random numbers one of a kind, in place."""
+    narrow = dtype == torch.float16
+    if kind == "spike":
+        row[-1] *= 1e3
+    elif kind in ("inf", "-inf", "nan"):
+        row[0] = float(kind)
+    elif kind != "normal":
+        smallest = torch.finfo(dtype).smallest_normal if dtype.is_floating_point else 1.0
+        row *= {
+            "zeros": 0.0,
+            "huge": 1e3 if narrow else 1e15,
+            "tiny": 1e-6 if narrow else 1e-20,
+            "small": 1e-3,
+            "subnormal": smallest / 8,
+        }[kind]

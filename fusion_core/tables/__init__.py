@@ -1,0 +1,8 @@
+"""What each way to run a place costs on this machine: measured, kept in a table, looked up when one is chosen."""
+
+from fusion_core.tables.machine import Machine, refusal
+from fusion_core.tables.schema import TableError
+from fusion_core.tables.store import Found, find, path_for, save
+from fusion_core.tables.table import UNFUSED, Row, Table
+
+__all__ = ["UNFUSED", "Found", "Machine", "Row", "Table", "TableError", "find", "path_for", "refusal", "save"]

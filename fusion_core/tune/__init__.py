@@ -1,0 +1,1 @@
+"""Measures strategies, and makes tables."""

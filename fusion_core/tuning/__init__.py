@@ -1,8 +1,0 @@
-"""What each way to run a place costs on this machine: measured, kept in a table, looked up when one is chosen."""
-
-from fusion_core.tuning.machine import Machine, refusal
-from fusion_core.tuning.schema import TableError
-from fusion_core.tuning.store import Found, find, path_for, save
-from fusion_core.tuning.table import UNFUSED, Row, Table
-
-__all__ = ["UNFUSED", "Found", "Machine", "Row", "Table", "TableError", "find", "path_for", "refusal", "save"]

@@ -1,0 +1,82 @@
+"""A worker's side of a `fusion_core.workers.pool.WorkerPool`: join the process group, answer calls."""
+
+from __future__ import annotations
+
+import faulthandler
+import fcntl
+import functools
+import os
+import pickle
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+HOST = "127.0.0.1"
+_COLLECTIVE_TIMEOUT = timedelta(hours=6)  # the parent's time limit comes first: it can say where a rank hangs
+
+
+def serve(*, rank: int, world_size: int, backend: str, port: int, handles: list[int]) -> None:
+    """A worker's life: join the process group, answer calls until the connection closes. Does not return."""
+    calls, lifeline, dump = handles
+    for handle in handles:
+        os.set_inheritable(handle, False)
+    _die_with(lifeline)
+    faulthandler.enable(dump)  # for crashes
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    faulthandler.register(signal.SIGTERM, dump, all_threads=True, chain=True)  # say where you are, and end
+    connection = Connection(calls)
+
+    def join() -> None:
+        torch.set_num_threads(1)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        store = TCPStore(HOST, port, is_master=False)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT)
+
+    connection.send_bytes(_answer(join))
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except (EOFError, OSError):
+            break
+        with suppress(BrokenPipeError):
+            connection.send_bytes(_answer(functools.partial(_call, message)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without destroy_process_group, which can wait for ever while CUDA graphs hold NCCL's work.
+    os._exit(0)
+
+
+def _die_with(lifeline: int) -> None:
+    """Have the kernel end this process by SIGIO when the other end closes, whatever Python is doing then."""
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([lifeline], [], [], 0)[0]:
+        os._exit(1)  # it closed before
+
+
+def _call(message: bytes) -> Any:
+    function, args, kwargs = pickle.loads(message)
+    return function(*args, **kwargs)
+
+
+def _answer(call: Callable[[], Any]) -> bytes:
+    """What a call gave, or the traceback of what it raised, pickled."""
+    did = "raised"
+    try:
+        result = call()
+        did = "gave a result that cannot be pickled"
+        return pickle.dumps(("result", result))
+    except BaseException:  # noqa: BLE001  # SystemExit too: the parent is told, and this process waits for what comes next
+        return pickle.dumps(("failure", f"{did}\n{traceback.format_exc()}"))

@@ -47,10 +47,11 @@ test-faults: $(STAMP) ## run the fault campaign whole, and print its table
 test-gpu: $(STAMP) ## run the tests that need 2 or 4 NVIDIA GPUs, in an environment whose torch can use them
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-dev} $(BIN)/pytest tests/gpu $(PYTEST_ARGS)
 
-lint: $(STAMP) ## check style, format and types
+lint: $(STAMP) ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # In an environment of its own, with the declared dependencies alone, and from a folder where the checkout is not seen.
 wheel-test: $(WHEEL_STAMP) ## build the wheel into dist/, install it elsewhere, try it

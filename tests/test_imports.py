@@ -1,9 +1,15 @@
 """What an import brings along: neither Inductor nor any vendor's library."""
 
+import importlib
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import fusion_core
+from fusion_core.plugins import sources
 
 
 def modules_after(statement: str) -> set[str]:
@@ -31,10 +37,53 @@ def test_the_check_above_can_fail() -> None:
 
 
 def test_every_public_name_is_there() -> None:
-    import fusion_core
-
     assert fusion_core.__all__ == sorted(fusion_core.__all__)
     for name in fusion_core.__all__:
         assert getattr(fusion_core, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'fuse'"):
         fusion_core.fuse  # noqa: B018
+
+
+PUBLIC = {
+    "fusion_core.dynamo": ["fusion_core"],
+    "fusion_core.ops": ["all_reduce_add_rms_norm"],
+    "fusion_core.patterns.plain": ["all_reduce"],
+    "fusion_core.testing": ["example_site", "sides", "subjects"],
+    "fusion_core.testing.conformance": ["CHECKS"],
+    "fusion_core.vocabulary": ["add", "all_reduce", "operation", "rms_norm"],
+    "fusion_core.workers": ["WorkerError", "WorkerPool"],
+}
+"""Module → names, besides those of `fusion_core` itself: what documentation, examples and entry points name."""
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_modules_stay_where_they_are(module: str) -> None:
+    found = importlib.import_module(module)
+    for name in PUBLIC[module]:
+        assert getattr(found, name) is not None
+
+
+def test_every_folder_of_the_library_is_in_the_compile_cache_s_key(tmp_path: Path) -> None:
+    """A graph of other code would be loaded in silence otherwise."""
+    root = Path(fusion_core.__file__).parent
+    copy = tmp_path / "fusion_core"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    folders = [copy, *(folder for folder in copy.rglob("*") if folder.is_dir())]
+    assert len(folders) > 15
+    before = _key(copy)
+    assert before == _key(root)
+    for folder in folders:
+        file = min(each for each in folder.iterdir() if each.is_file())
+        content = file.read_bytes()
+        file.write_bytes(content + b"\n")
+        assert _key(copy) != before, f"{file} may change and the key stays"
+        file.write_bytes(content)
+    assert _key(copy) == before
+
+
+def _key(package: Path) -> str:
+    """The hash that `core_sources` gives for a library in this folder."""
+    module = package / "plugins" / "sources.py"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "__file__", str(module))
+        return sources.core_sources.__wrapped__()

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fusion_core.plugins import once as said
+from fusion_core.plugins import once
 from fusion_core.workers import pool as workers
 from tests.support import durations, forked, profiles
 from tests.support.device import BACKEND, DEVICE
 
 profiles.load()
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "5"
+)  # the profiler says on stderr when it starts; read when torch is imported
 
 
 @functools.cache
@@ -44,6 +47,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
                 pytest.skip(f"found {found} {name} GPUs usable by torch {torch.__version__}, needs {needs}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Neither finds a tuning table of this machine's user, nor leaves one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _workers_are_forked(request: pytest.FixtureRequest) -> Iterator[None]:
     """As `tests.support.forked` says; a module that tests how workers start says ``FRESH_INTERPRETERS = True``."""
@@ -65,7 +76,7 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_said_yet() -> None:
-    said.forget()
+    once.forget()
 
 
 @pytest.fixture(scope="module")

@@ -548,10 +548,8 @@ def test_the_switch_changes_the_cache_key() -> None:
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
 def pool(request: pytest.FixtureRequest) -> Iterator[WorkerPool]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KINETO_LOG_LEVEL", "5")  # the profiler says on stderr when it starts
-        with WorkerPool(request.param, timeout=300.0) as pool:
-            yield pool
+    with WorkerPool(request.param, timeout=300.0) as pool:
+        yield pool
 
 
 @pytest.mark.parametrize("form", merging_jobs.FORMS)

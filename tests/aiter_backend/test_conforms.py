@@ -14,8 +14,8 @@ KIT = Path(__file__).with_name("kit") / "over_the_model.py"
 ROOT = Path(__file__).parents[2]
 
 
-def run(arch: str, options: str) -> tuple[int, str]:
-    """Tests that passed, and all that was printed."""
+def run(arch: str, options: str) -> tuple[int, list[str]]:
+    """Tests that passed, and why others were skipped."""
     environment = {**os.environ, "GPU_ARCHS": arch, "FUSION_CORE_OPTIONS": options, "FUSION_CORE_STRICT": "1"}
     arguments = ["-q", "-n0", "-p", "no:cacheprovider", str(KIT)]
     profile = profiles.current()
@@ -27,16 +27,23 @@ def run(arch: str, options: str) -> tuple[int, str]:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     found = re.search(r"(\d+) passed", done.stdout)
     assert found is not None, done.stdout
-    return int(found[1]), done.stdout
+    return int(found[1]), re.findall(r"^SKIPPED \[\d+\] \S+ (.*)", done.stdout, re.MULTILINE)
 
 
 # gfx942 is the same code with the other FP8 dtype, which `test_seed_cases.py` and `test_model_numbers.py` run as well; and
 # one-stage kernels are the same calls with another flag, which `test_calls.py` compares whole.
+NOT_HERE = (
+    "it does not say that it is batch-invariant",
+    "fusion_core does not find all_reduce_rms_norm_mxfp4 in compiled graphs yet",
+    "fusion_core does not find all_reduce_add_rms_norm_mxfp4 in compiled graphs yet",
+)
+
+
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("arch", "options", "count"),
-    [pytest.param("gfx942", "aiter.one_stage", 312, marks=pytest.mark.nightly), ("gfx950", "", 162)],
+    ("arch", "options"), [pytest.param("gfx942", "aiter.one_stage", marks=pytest.mark.nightly), ("gfx950", "")]
 )
-def test_every_strategy_conforms(arch, options, count):
-    passed, output = run(arch, options)
-    assert passed == count, output  # 11 checks of each strategy, less those that do not apply
+def test_every_strategy_conforms(arch, options):
+    passed, skipped = run(arch, options)
+    assert passed > 150
+    assert not [why for why in skipped if not why.startswith(NOT_HERE)]

@@ -87,6 +87,7 @@ def test_an_embedding_that_is_not_sharded_needs_one_place_less():
     assert dataclasses.replace(GOOD, unfused=unfused, fused=fused).problems == ()
 
 
+@pytest.mark.nightly  # `make demo` runs it, and it checks itself
 def test_the_whole_way():
     command = [sys.executable, "-m", "fusion_core", "demo", "--layers", "1", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)

@@ -205,7 +205,10 @@ def test_what_breaks_off_writes_nothing_and_the_watchdog_is_called_off(
     assert [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize(("options", "status"), [(("--patterns", ADD), 0), (("--patterns", ADD, "--order", "none"), 1)])
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [(("--patterns", ADD), 0), pytest.param(("--patterns", ADD, "--order", "none"), 1, marks=pytest.mark.nightly)],
+)
 def test_the_whole_way(tmp_path, monkeypatch, options, status):
     """Two real processes; the table is found by the next process that looks for one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fusion_core"]  # fmt: skip

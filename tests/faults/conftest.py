@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from fusion_core.workers import WorkerPool
+from tests.support.device import BACKEND
+
+
+@pytest.fixture
+def one_rank() -> Iterator[str]:
+    """A group of one rank for one row: others call commands that must find none."""
+    torch.distributed.init_process_group(BACKEND, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD.group_name
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,6 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], W
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("KINETO_LOG_LEVEL", "5")  # the profiler says on stderr when it starts
         for name in [name for name in os.environ if name.startswith("FUSION_CORE_")]:
             patch.delenv(name)
         yield start

@@ -14,11 +14,11 @@ from tests.models.jobs import Setting, Start, start
 STATIC = Setting(dynamic=False, cached=False, mode="no_grad")
 DYNAMIC = Setting(dynamic=True, cached=False, mode="inference_mode")
 RUNS = [
-    pytest.param(name, dtype, setting, id=f"{name}-{str(dtype).removeprefix('torch.')}-{setting}")
-    for name, dtype, setting in [
-        ("llama", torch.bfloat16, STATIC),
-        ("llama", torch.float32, DYNAMIC),
-        ("mixtral", torch.bfloat16, STATIC),
+    pytest.param(name, dtype, setting, id=f"{name}-{str(dtype).removeprefix('torch.')}-{setting}", marks=marks)
+    for name, dtype, setting, marks in [
+        ("llama", torch.bfloat16, STATIC, ()),
+        ("llama", torch.float32, DYNAMIC, ()),
+        ("mixtral", torch.bfloat16, STATIC, pytest.mark.nightly),  # `test_families.py` has its sites
     ]
 ]
 Started = Callable[[str, torch.dtype, Setting], list[Start]]

@@ -244,6 +244,7 @@ def test_eager_functions_agree_too(two: WorkerPool) -> None:
             assert error < ERROR
 
 
+@pytest.mark.nightly  # `test_the_outcome_is_part_of_the_cache_key` guards the same without three starts of two ranks
 @pytest.mark.timeout(600)
 def test_a_rank_that_hits_inductors_cache_chooses_as_those_that_miss(tmp_path: Path) -> None:
     """What one rank has in its cache from a run in which all agreed is not what runs where they differ."""

@@ -546,7 +546,7 @@ def test_the_switch_changes_the_cache_key() -> None:
 # ---- numbers
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.nightly)], ids="{} ranks".format)
 def pool(request: pytest.FixtureRequest) -> Iterator[WorkerPool]:
     with WorkerPool(request.param, timeout=300.0) as pool:
         yield pool

@@ -33,6 +33,7 @@ def torchrun(*arguments, status=0):
     return done
 
 
+@pytest.mark.nightly  # the function below goes the same way; what is printed and drawn is in `tests/benching`
 def test_a_shape_as_table_and_plot(tmp_path):
     plot = tmp_path / "gain.svg"
     few = shlex.split("--layers 1 --context 16 --batches 1,4 --rounds 3 --seconds 0.02 --watchdog 400")

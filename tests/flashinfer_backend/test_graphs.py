@@ -23,7 +23,7 @@ def two(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ON_AN_H100)
-@pytest.mark.parametrize("form", ["", "_two_shot"])
+@pytest.mark.parametrize("form", ["", pytest.param("_two_shot", marks=pytest.mark.nightly)])  # PDL's run both
 def test_a_site_of_every_pattern_is_fused_by_its_kernel(two, name, form):
     """With `_out`, the norm and its quantisation are live, as where an indexer reads the one and experts the other."""
     for strategies, calls, distance in two.run(graphs.one, name, two_shot=bool(form)):

@@ -17,7 +17,7 @@ RUNS = [
     pytest.param(name, dtype, setting, id=f"{name}-{str(dtype).removeprefix('torch.')}-{setting}", marks=marks)
     for name, dtype, setting, marks in [
         ("llama", torch.bfloat16, STATIC, ()),
-        ("llama", torch.float32, DYNAMIC, ()),
+        ("llama", torch.float32, DYNAMIC, pytest.mark.nightly),  # `test_decode.py` has dynamic shapes
         ("mixtral", torch.bfloat16, STATIC, pytest.mark.nightly),  # `test_families.py` has its sites
     ]
 ]
@@ -63,6 +63,7 @@ def test_compiled_code_reduces_as_often_as_without_fusion(
         assert rank.outcome.fused == rank.outcome.unfused
 
 
+@pytest.mark.nightly
 def test_compiled_code_takes_another_length_without_a_new_compilation(started: Started):
     for rank in started("llama", torch.float32, DYNAMIC):
         assert rank.outcome.compiled_after_call == [1, 1]

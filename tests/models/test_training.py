@@ -11,6 +11,8 @@ from fusion_core.workers import WorkerPool
 from tests.models.architectures import SITES
 from tests.models.jobs import Training, train
 
+pytestmark = pytest.mark.nightly  # a training graph of one site is in `test_dynamic_fp8.py` and `test_emission.py`
+
 
 @pytest.fixture(scope="module")
 def training(pool: WorkerPool, checkpoint: Callable[[str], Path]) -> list[Training]:

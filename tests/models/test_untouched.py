@@ -12,7 +12,7 @@ from tests.models.jobs import Setting, described
 NOTHING_CHOSEN = ("limit=0", "order=()", "every backend refuses")
 
 
-@pytest.fixture(scope="module", params=["static", "dynamic"])
+@pytest.fixture(scope="module", params=[pytest.param("static", marks=pytest.mark.nightly), "dynamic"])
 def graphs(request: pytest.FixtureRequest, pool: WorkerPool, checkpoint: Callable[[str], Path]) -> dict[str, list[str]]:
     setting = Setting(dynamic=request.param == "dynamic", cached=False, mode="no_grad")
     return pool.run(described, checkpoint("llama"), torch.bfloat16, setting)[0]

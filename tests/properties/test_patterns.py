@@ -79,6 +79,7 @@ def test_every_place_is_found_and_no_answer_gets_worse(pools, case):
         assert outcome.untouched, "nothing was chosen, and the graph is another"
 
 
+@pytest.mark.nightly  # `tests/corpus/test_explained_is_placed.py` has each pattern through all of Inductor
 @settings(max_examples=max(EXAMPLES // 25, 2))
 @given(case=strategies.cases(world_sizes=(2,)))
 def test_the_same_through_all_of_inductor(pools, case):

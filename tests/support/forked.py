@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fusion_core.workers.pool import _environment, _path, _Worker
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +117,9 @@ class Forked:
 
 
 def launch(rank: int, world_size: int, backend: str, port: int) -> _Worker:
-    """`_Worker.launch`, by a fork where that is the same."""
+    """`_Worker.launch`, by a fork where that is the same. CUDA cannot be used in a process that was forked."""
+    if backend != "gloo" or torch.cuda.is_available():
+        return _fresh(rank, world_size, backend, port)
     server, before = _server(rank % SERVERS)
     environment = _environment()
     differing = {name for name in before.keys() | environment.keys() if before.get(name) != environment.get(name)}

@@ -8,7 +8,8 @@ import pytest
 
 from fusion_core import BackendError
 from fusion_core.patterns.plain import all_reduce_add_rms_norm
-from fusion_core.testing import CHECKS, CheckFailed, example_site, sides, subject, subjects
+from fusion_core.site.run_time import has_run_time_sizes
+from fusion_core.testing import CHECKS, CheckFailed, checks_of_sizes, example_site, sides, subject, subjects
 from fusion_flashinfer import requirements
 from fusion_flashinfer.requirements import (
     Capability,
@@ -113,3 +114,11 @@ def test_a_testing_module_that_cannot_be_imported_is_named(tmp_path, monkeypatch
 def test_a_plugin_without_one_is_as_before(monkeypatch):
     point = plugin(monkeypatch, "plain", fusion_strategies=lambda: ())
     assert "plain" in subject.load("plain", point.value).backends
+
+
+@pytest.mark.parametrize("subject", subjects("flashinfer"), ids=str)
+def test_the_kit_runs_a_strategy_at_the_bounds_of_its_requirements(subject):
+    plain = example_site(subject.pattern, subject.strategy)
+    sites = list(checks_of_sizes._at_bounds(subject, plain))
+    assert sites, "every strategy of FlashInfer has a bound on sizes"
+    assert not any(has_run_time_sizes(site) for site in sites)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from unittest import mock
 
 from fusion_core import KnownFaster, Strategy, dynamo
+from fusion_core.dispatch import by_tokens
 from fusion_flashinfer import strategies
 
 
@@ -35,8 +36,14 @@ def is_two_shot(strategy: Strategy) -> bool:
 @contextmanager
 def _declared(found: Iterable[Strategy]) -> Iterator[None]:
     with mock.patch.object(strategies, "STRATEGIES", tuple(found)):
-        dynamo._pass_for.cache_clear()  # it keeps what was declared
+        _forget()
         try:
             yield
         finally:
-            dynamo._pass_for.cache_clear()
+            _forget()
+
+
+def _forget() -> None:
+    """Both keep what was declared; the second one in a rank that takes a graph from Inductor's cache."""
+    dynamo._pass_for.cache_clear()
+    by_tokens._installed.cache_clear()

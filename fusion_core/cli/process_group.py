@@ -18,6 +18,10 @@ from fusion_core.errors import ConfigError
 from fusion_core.plugins.registry import Registry
 
 
+class OnEveryRank(ConfigError):
+    """What all ranks raise alike, so that none is left alone in a collective."""
+
+
 @contextmanager
 def process_group() -> Iterator[int]:
     """Have a default process group while the block runs; gives this process's rank.
@@ -43,6 +47,9 @@ def process_group() -> Iterator[int]:
     try:
         yield dist.get_rank()
         failed = False
+    except OnEveryRank:
+        failed = False
+        raise
     finally:
         if dist.is_initialized() and not (failed and launched):  # after an error other ranks may hang in a collective
             # A compiled model keeps its group, so destroying it ends none of gloo's threads; one that still drops the
@@ -55,14 +62,14 @@ def check_same(**facts: Any) -> None:
     """Raise on every rank where one has another value of a fact than rank 0. Collective, over the default group.
 
     Raises:
-        ConfigError: names the rank, the fact and both values.
+        OnEveryRank: names the rank, the fact and both values.
     """
     values: list[Mapping[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(values, facts)
     for rank, other in enumerate(values):
         for name, value in values[0].items():
             if other[name] != value:
-                raise ConfigError(f"rank {rank} has {name} {other[name]!r}, needs {value!r} as rank 0 has it")
+                raise OnEveryRank(f"rank {rank} has {name} {other[name]!r}, needs {value!r} as rank 0 has it")
 
 
 def choices(config: FusionConfig, registry: Registry) -> dict[str, Any]:

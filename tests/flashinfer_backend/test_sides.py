@@ -26,6 +26,7 @@ from tests.testing.test_requirement_mutations import caught, changed, mutants
 REQUIREMENTS = [
     Capability(10),
     OneCluster("x"),
+    OneCluster("x", 512),
     OneLaunch("x"),
     MoreRowsThanRanks("x"),
     VectorForEachRank("x"),

@@ -10,6 +10,9 @@ from fusion_flashinfer.availability import capability, multicast_off, pattern_co
 from fusion_flashinfer.limits import MOST
 
 MOST_THREADS = 1024
+FEWER_THREADS = 512
+"""Of the two-shot kernel that writes the norm besides its per-group FP8: with 1024 threads it needs more registers than
+a block has ("too many resources requested for launch": FlashInfer 0.7.2.post1, H200, hidden 65536)."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,13 @@ class Capability:
 
 @dataclass(frozen=True)
 class OneCluster:
-    """A row fits one thread block cluster: ``v / gcd(v, 8) <= 1024`` with ``v`` 16-byte vectors to a row.
+    """A row fits one thread block cluster: ``v / gcd(v, 8) <= most`` with ``v`` 16-byte vectors to a row.
 
     Source: the launch arithmetic of ``trtllm_allreduce_fusion.cuh``, which fails with "block_size > 1024" otherwise.
     """
 
     arg: str
+    most: int = MOST_THREADS
 
     def unmet(self, site: Site) -> Reason | None:
         """Why a row does not fit."""
@@ -107,13 +111,13 @@ class OneCluster:
             )
         vectors = size * tensor.dtype.itemsize // 16
         threads = vectors // math.gcd(vectors, 8)
-        if threads <= MOST_THREADS:
+        if threads <= self.most:
             return None
         found = f"{self.arg}.shape[-1] is {size}, which takes {threads} threads to a block"
-        return Reason("size", found, f"at most {MOST_THREADS}", self.arg)
+        return Reason("size", found, f"at most {self.most}", self.arg)
 
     def __str__(self) -> str:
-        return f"{self.arg}.shape[-1] in one cluster of blocks of {MOST_THREADS} threads"
+        return f"{self.arg}.shape[-1] in one cluster of blocks of {self.most} threads"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from fusion_flashinfer.kernels import KERNELS, Kernel
 from fusion_flashinfer.limits import ONE_SHOT, TWO_SHOT
 from fusion_flashinfer.ops import operator
 from fusion_flashinfer.requirements import (
+    FEWER_THREADS,
     Capability,
     KernelPresent,
     MoreRowsThanRanks,
@@ -130,6 +131,8 @@ def _requirements(kernel: Kernel, *, mnnvl: bool, two_shot: bool) -> tuple[Requi
         found.append(OneLaunch("x"))
     if two_shot:
         found += [VectorForEachRank("x"), MoreRowsThanRanks("x")]
+        if kernel.quantization == "group_fp8" and kernel.norm_out:
+            found.append(OneCluster("x", FEWER_THREADS))
     if mnnvl:
         found.append(MulticastAllowed.here())
     return tuple(found)

@@ -11,7 +11,6 @@ from fusion_core import Device, Site
 from fusion_core.testing import Sides, sides
 from fusion_flashinfer.limits import MOST
 from fusion_flashinfer.requirements import (
-    MOST_THREADS,
     Capability,
     KernelPresent,
     MoreRowsThanRanks,
@@ -48,7 +47,7 @@ def _(requirement: Capability, site: Site) -> Sides:
 
 @sides.register
 def _(requirement: OneCluster, site: Site) -> Sides:
-    arg, most = requirement.arg, MOST_THREADS
+    arg, most = requirement.arg, requirement.most
     tensor = site.inputs[arg]
     vector = 16 // tensor.dtype.itemsize
     size = tensor.shape[-1] if tensor.shape else 1

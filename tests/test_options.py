@@ -141,3 +141,9 @@ def test_a_parameter_of_the_pattern_is_the_patterns_whatever_its_name() -> None:
 
 def test_every_setting_is_a_field_of_the_config() -> None:
     assert set(SETTINGS) <= {field.name for field in fields(FusionConfig)}
+
+
+def test_a_sum_without_a_dimension_is_one_token(monkeypatch: Any) -> None:
+    point = acme(monkeypatch, Strategy("all_reduce", "acme.sized", _sized))
+    fused = fuse(reduce, torch.ones(()), using=registry(point, config=FusionConfig(max_tokens=7)))
+    assert float(fused.results) == 7.0

@@ -4,19 +4,26 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-# A test of several ranks starts as many processes: two at a time fill two cores. A file is one worker's, with its pools.
-WORKERS ?= 2
+# A file is one worker's, with its pools, and long files start first. Three at a time fill two cores: some tests only wait.
+WORKERS ?= 3
+# Else each process of a test would compile the library's bytecode anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 WHEEL_VENV := build/wheel-test
+# What reads torch's graphs and what runs them. The rest of the suite does not depend on torch's version.
+TORCH ?= 2.14.1
+TORCH_VENV := build/torch-$(TORCH)
+TORCH_TESTS := tests/corpus tests/models tests/test_compile.py tests/test_private_torch.py
 WHEEL_STAMP := $(WHEEL_VENV)/.installed
-WHEEL_SOURCES := pyproject.toml README.md LICENSE $(shell find fusion_core backends -name '*.py' -o -name py.typed)
+EXAMPLES := ./examples/third_party_backend ./examples/shared_memory_backend
+WHEEL_SOURCES := pyproject.toml README.md LICENSE $(shell find fusion_core backends -name '*.py' -o -name '*.jinja' -o -name py.typed)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := -c constraints.txt --build-constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-nightly durations test-faults test-gpu lint wheel-test example-test clean
+.PHONY: help setup demo test test-nightly durations test-faults test-gpu test-torch lint wheel-test example-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,19 +40,30 @@ demo: $(STAMP) ## run the demonstration
 	$(BIN)/fusion-core demo
 
 test: $(STAMP) ## run the tests; more arguments by PYTEST_ARGS="-k name -n 4"
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not nightly" $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not nightly" $(PYTEST_ARGS)
 
 test-nightly: $(STAMP) ## run every test, with many more generated examples and in fresh interpreters
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest --timeout 3600 --campaign $(PYTEST_ARGS)
 
 durations: $(STAMP) ## run the tests and record how long each takes: which start first, and what is marked slow
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not nightly" --record-durations $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not nightly" --record-durations $(PYTEST_ARGS)
 
 test-faults: $(STAMP) ## run the fault campaign whole, and print its table
 	$(BIN)/pytest tests/faults --campaign $(PYTEST_ARGS)
 
 test-gpu: $(STAMP) ## run the tests that need 2 or 4 NVIDIA GPUs, in an environment whose torch can use them
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-dev} $(BIN)/pytest tests/gpu $(PYTEST_ARGS)
+
+test-torch: $(TORCH_VENV)/.installed ## test the corpus, the models and compilation with another torch, TORCH=2.14.1
+	$(TORCH_VENV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not nightly" $(TORCH_TESTS) $(PYTEST_ARGS)
+
+# Of the pins, torch's is replaced and that of setuptools left out: 2.11 needs an older one than 2.13 has.
+$(TORCH_VENV)/.installed: $(STAMP) pyproject.toml constraints.txt
+	$(BIN)/python -m venv --without-pip $(TORCH_VENV)
+	{ sed '/^\(torch\|setuptools\)==/d' constraints.txt; echo 'torch==$(TORCH)'; } > $(TORCH_VENV)/constraints.txt
+	$(PIP) --python $(TORCH_VENV)/bin/python install --quiet -c $(TORCH_VENV)/constraints.txt \
+		--build-constraint constraints.txt --editable ".[demo]" --group test
+	@touch $@
 
 lint: $(STAMP) ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .
@@ -60,12 +78,18 @@ wheel-test: $(WHEEL_STAMP) ## build the wheel into dist/, install it elsewhere, 
 	cd $(WHEEL_VENV) && bin/fusion-core patterns --json > patterns.json && bin/python -m json.tool patterns.json > /dev/null
 	@echo "tested: $$(echo dist/*.whl)"
 
-# In the same environment: installing torch into one takes half a minute. pytest, unlike `python -m pytest`, leaves the
-# working directory off the path, so that the example too is tested as installed.
-example-test: $(WHEEL_STAMP) ## install the example backend beside the wheel, run its tests
-	$(PIP) --python $(WHEEL_VENV)/bin/python install --quiet $(PINS) "$$(echo dist/*.whl)[testing]" ./examples/third_party_backend
-	cd examples/third_party_backend && HYPOTHESIS_STORAGE_DIRECTORY=$(abspath $(WHEEL_VENV))/hypothesis \
-		$(abspath $(WHEEL_VENV))/bin/pytest -p no:cacheprovider $(PYTEST_ARGS)
+# In the same environment, since installing torch into one takes half a minute, and one example at a time, since each would
+# be a backend in the other's tests. pytest, unlike `python -m pytest`, leaves the working directory off the path, so that the
+# example too is tested as installed.
+example-test: $(WHEEL_STAMP) ## install the example backends beside the wheel, run their tests
+	$(PIP) --python $(WHEEL_VENV)/bin/python install --quiet $(PINS) "$$(echo dist/*.whl)[testing]"
+	for example in $(EXAMPLES); do \
+		$(PIP) --python $(WHEEL_VENV)/bin/python install --quiet $(PINS) $$example && \
+		(cd $$example && HYPOTHESIS_STORAGE_DIRECTORY=$(abspath $(WHEEL_VENV))/hypothesis \
+			$(abspath $(WHEEL_VENV))/bin/pytest -p no:cacheprovider $(PYTEST_ARGS)) && \
+		$(PIP) --python $(WHEEL_VENV)/bin/python uninstall --quiet --yes \
+			$$(sed -n 's/^name = "\(.*\)"/\1/p' $$example/pyproject.toml) || exit 1; \
+	done
 
 $(WHEEL_STAMP): $(STAMP) $(WHEEL_SOURCES)
 	rm -rf dist $(WHEEL_VENV)

@@ -35,10 +35,10 @@ import torch.distributed as dist
 
 from fusion_core import Device, FusionConfig, Registry, compile, last_report
 from fusion_core.tables.machine import Machine
-from fusion_core.tune.clocks import clock_for
 from fusion_core.tune.measure import Bench
 from fusion_core.tune.plan import Plan, tensors
 from fusion_core.tune.ranks import Ranks
+from fusion_core.tune.timers import timer_for
 
 PATTERNS = ["all_reduce_add_rms_norm", "all_reduce_add_rms_norm_static_fp8"]
 MOST_OF_COMPILED = 1.02
@@ -110,7 +110,7 @@ def main():
     config = FusionConfig(table=options.table) if options.table else FusionConfig()
     registry = Registry.load(config)
     plan = Plan(registry, torch.bfloat16, device, ranks.name, ranks.size)
-    bench = Bench(plan, ranks, clock_for(ranks, device), max(options.tokens))
+    bench = Bench(plan, ranks, timer_for(ranks, device), max(options.tokens))
     rows, left_out, by_tokens = [], [], {}
     for name in options.patterns:
         pattern = registry.patterns[name]
@@ -134,7 +134,7 @@ def main():
                 columns["compiled"] = torch.compile(without, fullgraph=True, dynamic=False)
                 columns["chosen"] = compile(of_fixed_size, config, fullgraph=True, dynamic=False)
             for tokens in options.tokens:
-                if ranks.first(time.monotonic() - BEGAN > options.budget):
+                if ranks.broadcast(time.monotonic() - BEGAN > options.budget):
                     left_out.append({"pattern": name, "hidden": hidden, "tokens": tokens})
                     continue
                 found = bench.measure(pattern, hidden, tokens, whole=columns)

@@ -111,7 +111,8 @@ def measure(layers, parallel):
     import torch
     from torch._inductor import compile_fx
 
-    from fusion_core import FusionPass, _inductor
+    from fusion_core import FusionPass
+    from fusion_core._torch import inductor
     from fusion_core.dynamo import Backend
     from fusion_core.report import history
 
@@ -121,7 +122,7 @@ def measure(layers, parallel):
         name: getattr(owner, attribute)
         for name, owner, attribute in (
             ("backend", Backend, "__call__"),
-            ("compile_fx", _inductor, "compile_graph"),
+            ("compile_fx", inductor, "compile_graph"),
             ("post_grad", compile_fx, "_recursive_post_grad_passes"),
             ("pass", FusionPass, "__call__"),
             ("uuid", FusionPass, "uuid"),
@@ -148,7 +149,7 @@ def measure(layers, parallel):
 
     with (
         mock.patch.object(Backend, "__call__", timed("backend")),
-        mock.patch.object(_inductor, "compile_graph", timed("compile_fx")),
+        mock.patch.object(inductor, "compile_graph", timed("compile_fx")),
         mock.patch.object(compile_fx, "_recursive_post_grad_passes", timed("post_grad")),
         mock.patch.object(FusionPass, "__call__", run_pass),
         mock.patch.object(FusionPass, "uuid", uuid),
@@ -195,9 +196,10 @@ def repeat(layers, parallel, repeats):
     """Seconds of the pass alone, on copies of the same graph. The copies are why `measure` does not do this as well."""
     import torch
 
-    from fusion_core import FusionPass, _inductor
+    from fusion_core import FusionPass
+    from fusion_core._torch import inductor
 
-    class Repeat(_inductor.CustomGraphPass):
+    class Repeat(inductor.CustomGraphPass):
         def __init__(self):
             self.seconds = []
 
@@ -217,7 +219,7 @@ def repeat(layers, parallel, repeats):
 
     model, own = load(layers, parallel), Repeat()
     with torch.no_grad():
-        compiled = torch.compile(model, backend=_inductor.post_grad_only(own), fullgraph=True, dynamic=False)
+        compiled = torch.compile(model, backend=inductor.post_grad_only(own), fullgraph=True, dynamic=False)
         compiled(torch.zeros(TOKENS, dtype=torch.long), use_cache=False)
     return {"again": own.seconds, "again_median": statistics.median(own.seconds)}
 

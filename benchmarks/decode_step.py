@@ -33,16 +33,11 @@ import launch_environment  # before torch
 import tables
 import torch
 import torch.distributed as dist
-from llama import SHAPES, TINY, device, make_cache, make_model, synchronise
+from llama import SHAPES, TINY, make_cache, make_model, synchronise
+from ranks import device, elapsed, say, slower
 from step_kernels import check_reductions, kernels, profile_text, reductions
 
 CACHE, START = 512, 16  # positions of the cache, and the one at which every round begins
-BEGAN = time.monotonic()
-
-
-def say(*words):
-    if dist.get_rank() == 0:
-        print(f"[{time.monotonic() - BEGAN:6.1f} s]", *words, flush=True)
 
 
 class Steps:
@@ -86,13 +81,6 @@ class Steps:
             self.step()
             clock.append(time.perf_counter())
         return [(b - a) * 1e6 for a, b in itertools.pairwise(clock)]
-
-
-def slower(value):
-    """The largest of all ranks."""
-    tensor = torch.tensor(value, dtype=torch.float64, device=device())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.item()
 
 
 def compiled_steps(model, ids, cache, beside):
@@ -155,7 +143,7 @@ def measure(model, batch, options):
         for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:  # none always runs on the warmer chip
             rounds[name].append(sides[name].times(options.steps))
     # the slower rank's figure, round by round
-    medians = {name: [slower(statistics.median(times)) for times in rounds[name]] for name in sides}
+    medians = {name: slower([statistics.median(times) for times in rounds[name]]) for name in sides}
     us = {name: statistics.median(found) for name, found in medians.items()}
     report = reports["fused"]
     row = {
@@ -207,7 +195,7 @@ def quartiles(rounds):
 
 def enough_time(longest, options):
     """Whether another batch size fits, as rank 0 sees it."""
-    spent = time.monotonic() - BEGAN
+    spent = elapsed()
     answer = torch.tensor(int(spent + longest < options.budget), device=device())
     dist.broadcast(answer, 0)
     return bool(answer.item())

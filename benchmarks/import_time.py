@@ -1,4 +1,4 @@
-"""What ``import fusion_core`` takes beside ``import torch``, which it brings along.
+"""What ``import fusion_core`` takes beside ``import torch``, which it includes.
 
     python benchmarks/import_time.py --json benchmarks/results/import_time.json
 
@@ -7,15 +7,13 @@ both sides alike. Exits with 1 where the median ratio is above the bar.
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
+
+from software import software
 
 BAR = 1.10
 CODE = """
@@ -40,11 +38,7 @@ def main():
     del pairs[0]  # it warmed the file cache
     ratios = sorted(both / torch for torch, both in pairs)
     record = {
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "fusion-core": version("fusion-core"),
-        "cores": os.cpu_count(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        **software(),
         "torch_s": [torch for torch, _ in pairs],
         "torch_and_fusion_core_s": [both for _, both in pairs],
         "median_ratio": statistics.median(ratios),

@@ -4,6 +4,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from ranks import device
 
 SHAPES = {
     "llama-3-70b": {
@@ -76,10 +77,6 @@ def fill(model):
             shard.normal_(0.0, 0.02, generator=own if sharded else common)
     if not any(hasattr(parameter, "to_local") for parameter in model.parameters()):
         raise SystemExit("no parameter is sharded: this transformers does not split by DTensors; see --shape tiny")
-
-
-def device():
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def synchronise():

@@ -126,7 +126,7 @@ def chosen_path(record):
 
 def plot_chosen_path(record, path):
     """How many times faster than torch.compile alone; a panel per pattern and hidden size."""
-    from fusion_core import plotting
+    from fusion_core.cli import plotting
 
     panels = []
     columns = {"fusion_core": "chosen", "one graph for all": "chosen_dynamic", "the fastest path": None}

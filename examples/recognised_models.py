@@ -1,10 +1,10 @@
-"""What fusion_core recognises in the model families of Hugging Face, as a Markdown table.
+"""The patterns that fusion_core recognises in the model families of Hugging Face, as a Markdown table.
 
-    python examples/recognised_models.py                  # all of them: a minute or two
-    python examples/recognised_models.py gemma granite    # these
+    python examples/recognised_models.py                  # all families: some ten minutes
+    python examples/recognised_models.py gemma granite    # these families
 
-Needs no GPU and no download: small models with random weights, tensor-parallel in two processes on the CPU, by the
-library's own plan (tp_plan="auto").
+Needs no GPU and no download: small models with random weights, tensor-parallel in two processes on the CPU, by
+transformers' own plan (tp_plan="auto").
 """
 
 import argparse
@@ -28,7 +28,7 @@ RANKS = 2
 LAYERS = 2
 VOCABULARY = 128
 
-# Four query heads on two key heads: under two ranks each keeps two and one, so that grouped-query attention stays.
+# Four query heads on two key heads: each of two ranks has two and one, so it still has grouped-query attention.
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -37,17 +37,30 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 256,
-    # Hugging Face's 0.02 is for hidden sizes in the thousands. At 64 it gives layers that hardly change the residual
-    # and logits of a few hundredths, in which an error anywhere drowns; 0.15 gives logits of order 1.
+    # Hugging Face's 0.02 is for hidden sizes in the thousands. At 64 the layers would hardly change the residual, and
+    # the logits of a few hundredths would hide errors; 0.15 gives logits of order 1.
     "initializer_range": 0.15,
 }
 HEADS = {"head_dim": 16}
 SOFTCAP = {**HEADS, "query_pre_attn_scalar": 16}
-# Every expert for every token: which of two nearly equal experts a router takes hangs on the last bit, and where two
-# runs take different ones their errors say nothing about fusion.
+# Every expert for every token: the router's choice between two nearly equal experts depends on the last bit, and if two
+# runs choose differently, their difference is not due to fusion.
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
-PADDING = {"pad_token_id": 0}  # where the default lies outside of so small a vocabulary
+MLA = {**LATENT, "num_key_value_heads": 4}
+PADDING = {"pad_token_id": 0}  # for families whose default is outside of so small a vocabulary
+USUAL = {**HEADS, **PADDING}
+FEW = {"num_experts": 4, "num_experts_per_tok": 4}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 4}
+ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+EVERY_LAYER = {"first_k_dense_replace": 0}  # has experts: the table says how many sites a layer has
+WINDOW = {"sliding_window": 64}
+LINEAR = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +69,8 @@ class Family:
 
     Attributes:
         config: Its configuration's class in transformers.
-        settings: What it takes beside `SIZES`.
-        why: Why at some of its all_reduces no longer pattern stands than the sum itself.
+        settings: Settings in addition to `SIZES`.
+        why: Why only the sum matches at some of its all_reduces.
     """
 
     config: str
@@ -68,6 +81,8 @@ class Family:
 SCALED_EMBEDDING = "the embedding's sum is scaled before it is normed"
 BARE_EMBEDDING = "the embedding's sum goes into the first layer without a norm"
 LAYER_NORM = "LayerNorm"
+SCALED_BRANCHES = "the embedding's sum and the sum of each branch are scaled before they are added"
+GATED_EXPERT = "the shared expert's sum is multiplied by a gate for each token"
 EACH_EXPERT = "what each expert gives is summed over the ranks, and over the experts only then"
 
 FAMILIES: dict[str, Family] = {
@@ -102,17 +117,61 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(
         "GraniteConfig",
         {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.25},
-        "the embedding's sum and the sum of each branch are scaled before they are added",
+        SCALED_BRANCHES,
     ),
     "cohere": Family("CohereConfig", {**PADDING, "logit_scale": 1.0}, LAYER_NORM),
     "cohere2": Family("Cohere2Config", {**PADDING, "logit_scale": 1.0}, LAYER_NORM),
     "phi": Family("PhiConfig", why=LAYER_NORM),
     "gpt_neox": Family("GPTNeoXConfig", why=LAYER_NORM),
+    "afmoe": Family("AfmoeConfig", {**USUAL, **WINDOW, **EXPERTS, "num_dense_layers": 0}),
+    "apertus": Family("ApertusConfig", PADDING),
+    "arcee": Family("ArceeConfig", USUAL),
+    "cohere2_moe": Family("Cohere2MoeConfig", {**USUAL, **WINDOW, **EXPERTS}, LAYER_NORM),
+    "cwm": Family("CwmConfig", {**USUAL, **WINDOW}),
+    "deepseek_v2": Family("DeepseekV2Config", {**USUAL, **ROUTED, **MLA, **EVERY_LAYER}),
+    "deepseek_v32": Family("DeepseekV32Config", {**USUAL, **ROUTED, **MLA, **EVERY_LAYER}),
+    "dots1": Family("Dots1Config", {**USUAL, **ROUTED, **EVERY_LAYER, "n_shared_experts": 1}),
+    "ernie4_5": Family("Ernie4_5Config", USUAL),
+    "exaone4": Family("Exaone4Config", {**USUAL, **WINDOW, "sliding_window_pattern": 2}, BARE_EMBEDDING),
+    "exaone_moe": Family("ExaoneMoeConfig", {**USUAL, **WINDOW, **ROUTED, "sliding_window_pattern": 2}),
+    "flex_olmo": Family("FlexOlmoConfig", {**PADDING, **FEW}, BARE_EMBEDDING),
+    "gemma4": Family("Gemma4TextConfig", {**HEADS, **WINDOW}, SCALED_EMBEDDING),
+    "glm": Family("GlmConfig", USUAL),
+    "glm4_moe": Family("Glm4MoeConfig", {**PADDING, **ROUTED, **EVERY_LAYER}),
+    "glm4_moe_lite": Family("Glm4MoeLiteConfig", {**PADDING, **ROUTED, **MLA}),
+    "glm_moe_dsa": Family("GlmMoeDsaConfig", {**USUAL, **ROUTED, **MLA, **EVERY_LAYER}),
+    "granitemoe": Family("GraniteMoeConfig", {**PADDING, **LOCAL}),
+    "granitemoeshared": Family("GraniteMoeSharedConfig", {**PADDING, **LOCAL, "shared_intermediate_size": 64}),
+    "helium": Family("HeliumConfig", USUAL),
+    "hunyuan_v1_moe": Family("HunYuanMoEV1Config", {**USUAL, "num_experts": 4, "moe_topk": 4}),
+    "hyperclovax": Family("HyperCLOVAXConfig", USUAL),
+    "jais2": Family("Jais2Config", USUAL, LAYER_NORM),
+    "minicpm3": Family("MiniCPM3Config", {**USUAL, **MLA}, SCALED_BRANCHES),
+    "minimax": Family("MiniMaxConfig", {**USUAL, **LOCAL, "sliding_window": None}),
+    "minimax_m2": Family("MiniMaxM2Config", {**USUAL, **LOCAL}),
+    "ministral": Family("MinistralConfig", {**USUAL, **WINDOW}),
+    "ministral3": Family("Ministral3Config", {**USUAL, "sliding_window": None}),
+    "nanochat": Family("NanoChatConfig", PADDING),
+    "nemotron": Family("NemotronConfig", USUAL, LAYER_NORM),
+    "olmo": Family("OlmoConfig", PADDING, LAYER_NORM),
+    "olmo3": Family("Olmo3Config", {**PADDING, **WINDOW}, BARE_EMBEDDING),
+    "olmoe": Family("OlmoeConfig", {**PADDING, **FEW}),
+    "phimoe": Family("PhimoeConfig", {**PADDING, **LOCAL, "sliding_window": None}, LAYER_NORM),
+    "qwen3_5": Family("Qwen3_5TextConfig", {**USUAL, **LINEAR}),
+    "qwen3_next": Family(
+        "Qwen3NextConfig", {**USUAL, **EXPERTS, **LINEAR, "shared_expert_intermediate_size": 64}, GATED_EXPERT
+    ),
+    "seed_oss": Family("SeedOssConfig", USUAL),
+    "smollm3": Family("SmolLM3Config", {**PADDING, "sliding_window": None}),
+    "solar_open": Family("SolarOpenConfig", {**USUAL, **ROUTED}),
+    "starcoder2": Family("Starcoder2Config", {**PADDING, "sliding_window": None}, LAYER_NORM),
+    "vaultgemma": Family("VaultGemmaConfig", {**SOFTCAP, **WINDOW}, SCALED_EMBEDDING),
+    "youtu": Family("YoutuConfig", {**PADDING, **MLA}),
 }
 
 
 def config(name: str) -> Any:
-    """The configuration of a small model of a family."""
+    """The configuration of a small model of one family."""
     family = FAMILIES[name]
     return getattr(transformers, family.config)(**{**SIZES, **family.settings})
 
@@ -123,7 +182,7 @@ def save(name: str, folder: Path) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(config(name))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if "norm" in parameter_name:  # as made they do nothing, and a norm that forgets its weight would pass
+            if "norm" in parameter_name:  # initial weights are ones, so a norm without its weight would pass
                 parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
             elif parameter_name.endswith("bias"):
                 parameter.uniform_(-0.1, 0.1)
@@ -133,11 +192,11 @@ def save(name: str, folder: Path) -> Path:
 
 
 def survey(path: Path) -> dict[str, Any]:
-    """What fusion_core would do to a model, on one of several ranks."""
+    """The report of a dry run on a model, on one of several ranks."""
     quiet()
-    torch.compiler.reset()  # it remembers numbers that differ from model to model, and would compile them as variables
+    torch.compiler.reset()  # numbers that differ between models would otherwise be compiled as variables
     parallel = transformers.distributed.DistributedConfig(tp_plan="auto", tp_size=RANKS)
-    # The library takes the accelerator that torch was built for, even where there is none; this runs on the CPU.
+    # transformers uses the accelerator that torch was built for, even if there is none; this runs on the CPU.
     with mock.patch.object(torch._C, "_get_accelerator", return_value=torch.device("cpu")):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.bfloat16, distributed_config=parallel
@@ -149,7 +208,7 @@ def survey(path: Path) -> dict[str, Any]:
 
 
 def quiet() -> None:
-    """Progress bars, advice and warnings of the library have no place in a table."""
+    """Suppress transformers' progress bars, advice and warnings."""
     os.dup2(2, 1)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -178,7 +237,7 @@ def row(name: str, report: Mapping[str, Any]) -> str:
 
 
 def spelled(site: Mapping[str, Any]) -> str:
-    """The pattern of a site, with what is unusual about it."""
+    """The pattern of a site, with Gemma's constant in the weight if there is one."""
     bias = site["attributes"].get("weight_bias")
     return f"`{site['pattern']}`" + (f" (weight + {bias:g})" if bias else "")
 
@@ -206,7 +265,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # workers import functions by their module, and __main__ is none that they could import
+    # workers import functions by module name, which does not work for __main__
     import recognised_models
 
     sys.exit(recognised_models.main())

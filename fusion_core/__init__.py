@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from fusion_core.config import FusionConfig
 from fusion_core.decision import Decision
 from fusion_core.errors import BackendError, ConfigError, FusionError, PatternError, RanksDiffer
+from fusion_core.fallback import Status, fell_back
+from fusion_core.groups import process_group
 from fusion_core.lift.dialect import Dialect, Reading, Refusal
 from fusion_core.lift.operands import Check, Derived, Earlier, Only
 from fusion_core.patterns.definition import Pattern, pattern
@@ -33,10 +35,10 @@ from fusion_core.plugins.requirements import (
 )
 from fusion_core.plugins.strategy import Strategy
 from fusion_core.plugins.token_counts import Tokens
+from fusion_core.plugins.variant import Variant
 from fusion_core.reason import Reason, Stage
 from fusion_core.report.history import last_report, reports
 from fusion_core.report.report import Report, SiteReport
-from fusion_core.run_time import Status, fell_back
 from fusion_core.site import Device, Site, TensorMeta
 
 if TYPE_CHECKING:
@@ -45,8 +47,8 @@ if TYPE_CHECKING:
     from fusion_core.dynamo import compile
     from fusion_core.fusion_pass import FusionPass
 
-# Imported when first used: they bring Inductor, which takes longer than torch itself, and whoever writes a plugin or
-# lists backends does not need it.
+# Imported when first used: they import Inductor, which takes longer than torch itself, and neither plugins nor a list
+# of backends need it.
 _LAZY = {"FusionPass": "fusion_pass", "compile": "dynamo", "explain": "dry_run"}
 
 __all__ = [
@@ -92,6 +94,7 @@ __all__ = [
     "Strategy",
     "TensorMeta",
     "Tokens",
+    "Variant",
     "WorldSize",
     "compile",
     "explain",
@@ -100,6 +103,7 @@ __all__ = [
     "last_report",
     "ops",
     "pattern",
+    "process_group",
     "reports",
 ]
 

@@ -1,4 +1,4 @@
-"""Files that are written whole."""
+"""Atomic writes of files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new one, and never a part."""
+    """Write a file so that a reader sees either the old content or the new, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

@@ -13,7 +13,7 @@ DETERMINISTIC = "deterministic"
 NUMERICS = ("default", DETERMINISTIC)
 PREFIX = "FUSION_CORE_"
 KEPT = 256
-"""Reports that a process keeps where the user says nothing."""
+"""The number of reports that a process keeps by default."""
 SETTINGS = ("max_tokens", "numerics")
 """Fields of a config that a strategy's ``impl`` may take by name."""
 
@@ -96,30 +96,31 @@ class FusionConfig:
     """Which backends may run, and how; every default can be set by an environment variable.
 
     Attributes:
-        order: Backends to use, best first; one that does not load is then an error. ``()`` for none. None (default)
-            for every backend that loads: the fastest where a table has it, else by name, reference last.
+        order: Backends to use, best first; each of them must load. ``()`` for none. None (default) for every backend
+            that loads: ranked by measured time where the table has it, else by name, with reference last.
             ``FUSION_CORE_ORDER=acme,flashinfer``.
         strict: A broken plugin or table is an error instead of a warning. ``FUSION_CORE_STRICT=1``.
-        numerics: ``"deterministic"`` for one choice at all sizes, of what gives a row the same bits whatever else is
-            in the batch; see docs/choosing.md.
+        numerics: ``"deterministic"`` makes one choice for all sizes, among strategies whose results for a row do not
+            depend on the rest of the batch, bit for bit; see docs/choosing.md.
             ``FUSION_CORE_NUMERICS=deterministic``.
-        limit: At most this many rewrites per graph, to find a bad one by bisection; None for all.
+        limit: The most rewrites per graph, to find a wrong one by bisection; None for all.
             ``FUSION_CORE_LIMIT=3``.
-        max_tokens: Capacity of backends' workspaces in tokens; None to ask the backend.
+        max_tokens: Capacity of the backends' workspaces in tokens; None for each backend's default.
             ``FUSION_CORE_MAX_TOKENS=2048``.
-        merge: All_reduces of one process group whose results are only added together become one of their sum. Right
-            only where all ranks of the group compile the same graphs: a merged all_reduce cannot pair with the several
-            of a rank whose graph breaks in between. ``FUSION_CORE_MERGE=1``.
-        table: What `fusion-core tune` measured, by which strategies are chosen: the path of its file, ``"none"`` for no
-            measurements; None for this user's own of this machine, else the one that comes with the package.
+        merge: Merge all_reduces of one process group whose results are only added together into one all_reduce of the
+            sum. Correct only if all ranks of the group compile the same graphs: if one rank's graph breaks between two
+            of them, its separate all_reduces cannot pair with the merged one. An all_reduce may then also run before
+            one that the model calls first, if the latter's site needs its result. ``FUSION_CORE_MERGE=1``.
+        table: The path of a table that `fusion-core tune` wrote; strategies are chosen by its measured times.
+            ``"none"`` for no table. None for the user's own table for this machine, else the one in the package.
             ``FUSION_CORE_TABLE=/path/to/table.json``.
         reports: How many reports this process keeps, the newest ones; see `fusion_core.reports`.
             ``FUSION_CORE_REPORTS=1000``.
-        options: Options of backends that are switched on, each as ``"<backend>.<option>"``; see `Strategy.option`.
+        options: Options of backends to switch on, each as ``"<backend>.<option>"``; see `Strategy.option`.
             ``FUSION_CORE_OPTIONS=acme.fast,acme.overlap``.
 
     Raises:
-        ConfigError: for a value of the wrong type or outside its range, in an argument or in the environment.
+        ConfigError: for an argument or environment variable whose value is of the wrong type or out of range.
 
     Example:
         >>> FusionConfig(order=["acme", "reference"]).order
@@ -181,7 +182,7 @@ def _twice(names: tuple[str, ...]) -> str:
 
 
 def check_environment() -> None:
-    """Raise `ConfigError` where a variable named ``FUSION_CORE_*`` is none of ours: a misspelt one is not silent."""
+    """Raise `ConfigError` for an unknown variable ``FUSION_CORE_*``, so that a misspelt name is reported."""
     known = {PREFIX + name.upper() for name in _ENVIRONMENT}
     if unknown := sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known):
         raise ConfigError(f"the environment has {', '.join(unknown)}, needs names among {', '.join(sorted(known))}")

@@ -1,4 +1,4 @@
-"""What is decided at one all_reduce, as values: stages hand them to the report."""
+"""The decisions at one all_reduce, as values that the report contains."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from fusion_core.reason import TUNE, Reason, Stage
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What became of one strategy at one site.
+    """The outcome for one strategy at one site.
 
     Attributes:
         pattern: The candidate pattern.
-        strategy: The strategy's name; None where no backend has one for the pattern.
+        strategy: The strategy's name; None if no backend has one for the pattern.
         stage: How far it got.
-        reasons: Why no further; empty for the chosen one.
+        reasons: Why it got no further; empty for the chosen one.
     """
 
     pattern: str
@@ -26,27 +26,27 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What runs at a site from one token count on.
+    """What runs at a site from a given token count upwards.
 
     Attributes:
-        first: The token count; that of the site where it is known when the graph is compiled.
-        strategy: The strategy's name; None for torch's all_reduce with what follows it.
-        figure: Its measured time there and the unfused one's; None where no table has them.
-        asks: What each call asks before it runs. Where that is not met, the next choice from the same count on runs.
+        first: The token count; the site's own if it is known when the graph is compiled.
+        strategy: The strategy's name; None for torch's all_reduce and the unfused code that follows it.
+        timing: Its measured time there and that of the unfused path; None if no table has them.
+        asks: Conditions that are checked at each call. If one is not met, the next choice with the same ``first`` runs.
     """
 
     first: int
     strategy: str | None
-    figure: Figure | None = None
+    timing: Timing | None = None
     asks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class NearMiss:
-    """A pattern that nearly stands at one all_reduce, and is longer than the one that does.
+    """A pattern that almost matches at one all_reduce, and is longer than the one that does match.
 
     Attributes:
-        pattern: The pattern; of several that miss for one reason, the shortest.
+        pattern: The pattern; if several miss for the same reason, the shortest.
         reason: What is missing.
     """
 
@@ -55,13 +55,13 @@ class NearMiss:
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """Measured times of one place, or what lies between measured ones.
+class Timing:
+    """Times at one site, measured or interpolated between measured points.
 
     Attributes:
-        us: Microseconds with the strategy; None where its backend was measured and it was not.
-        unfused_us: Microseconds of the best that is there without it.
-        tokens: At how many tokens.
+        us: Microseconds with the strategy; None if the table has times of its backend but not of this strategy.
+        unfused_us: Microseconds of the fastest path without it.
+        tokens: The token count.
     """
 
     us: float | None
@@ -69,7 +69,7 @@ class Figure:
     tokens: int
 
     def slower(self) -> Reason | None:
-        """Why the strategy does not pay; None where it does."""
+        """The reason why the strategy does not pay, or None if it does."""
         if self.us is None:
             found = f"the table has no figure for it at {_tokens(self.tokens)}"
             return Reason("measured", found, "one", hint=TUNE)

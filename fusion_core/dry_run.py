@@ -1,17 +1,17 @@
-"""A dry run: every decision, and every rewrite in a copy of the graph."""
+"""A dry run: makes every decision, and every rewrite in a copy of the graph."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
 import torch
 
-from fusion_core import _inductor
+from fusion_core._torch import inductor
+from fusion_core._torch.dynamo import uncompiled, without_limits
 from fusion_core.config import FusionConfig
 from fusion_core.fusion_pass import FusionPass
 from fusion_core.report.report import Report
@@ -24,21 +24,22 @@ def explain(
     dynamic: bool | None = None,
     **kwargs: Any,
 ) -> Report:
-    """What fusion would do to a model, without doing it.
+    """Report what fusion would do to a model, without doing it.
 
     The model is captured as ``torch.compile`` would capture it, up to Inductor's post-grad passes, and runs once,
-    unfused and without code generation; under tensor parallelism every rank must call this. Each strategy is traced and
-    placed in a copy of the graph, so that one which cannot be placed is not named. A model that compiles to several
-    graphs gets one report over all of them.
+    unfused and without code generation. Under tensor parallelism every rank must call this. Each strategy is traced and
+    placed in a copy of the graph, so the report names none that cannot be placed. A model that compiles to several
+    graphs gets one report that covers all of them.
 
     Gradients, inference mode and autocast are those around the call, as for ``torch.compile``.
 
     Args:
-        model: A module or function; of a compiled module, the module itself is taken.
+        model: A module or function. If it is a compiled module, the module that was compiled is captured.
         *args: Its arguments.
         config: Which backends may run, and how.
-        dynamic: As for ``torch.compile``. None captures these sizes, but those that `torch._dynamo.mark_dynamic` names,
-            as a first call does; True makes every size a symbol, as a call with other sizes may later do; False none.
+        dynamic: As for ``torch.compile``. None: every size is static, except those marked by
+            `torch._dynamo.mark_dynamic`, as on a first call. True: every size is symbolic, as a later call with other
+            sizes may make it. False: every size is static.
         **kwargs: Its keyword arguments.
 
     Returns:
@@ -50,10 +51,9 @@ def explain(
     def look(graph: torch.fx.Graph) -> None:
         found.append(fusion_pass.run(graph))
 
-    compiled = torch.compile(_fresh(_call), backend=_inductor.post_grad_only(_Look(look)), dynamic=dynamic)
-    # whatever was compiled before, this is captured now: past its limits Dynamo would run it eagerly, in silence
-    with torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
-        compiled(getattr(model, "_orig_mod", model), args, kwargs)
+    compiled = torch.compile(_fresh(_call), backend=inductor.post_grad_only(_Look(look)), dynamic=dynamic)
+    with without_limits():  # past its limits Dynamo would run the model eagerly
+        compiled(uncompiled(model), args, kwargs)
     if not found:
         return fusion_pass.run(torch.fx.Graph())
     fullest = max(found, key=lambda report: len(report.sites))
@@ -70,7 +70,7 @@ def explain(
 
 
 def _numbered(report: Report, number: int) -> Report:
-    """The report of one graph of several: names of nodes come again in each."""
+    """The report with its graph's number: each graph uses the same node names."""
     sites = tuple(dataclasses.replace(site, graph=number) for site in report.sites)
     merges = tuple(dataclasses.replace(merge, graph=number) for merge in report.merges)
     return dataclasses.replace(report, sites=sites, merges=merges)
@@ -81,10 +81,11 @@ def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _fresh(function: Any) -> Callable[..., Any]:
-    """The function with code and a name of its own.
+    """A copy of the function with its own code object and name.
 
-    Dynamo keeps graphs by code, and a dry run must not use up a model's. By name it remembers which numbers have
-    differed from one call to the next, and makes those values of run time: another model's epsilon is none of its own.
+    Dynamo counts compiled graphs per code object, and a dry run must not count towards a model's limit. It also
+    remembers, by name, which numbers differed between calls and makes them symbolic; another model's epsilon must not
+    make this one's symbolic.
     """
     name = f"{function.__name__}_{next(_numbers)}"
     return FunctionType(function.__code__.replace(co_name=name), function.__globals__)
@@ -93,8 +94,8 @@ def _fresh(function: Any) -> Callable[..., Any]:
 _numbers = itertools.count()
 
 
-class _Look(_inductor.CustomGraphPass):
-    """A pass that only looks."""
+class _Look(inductor.CustomGraphPass):
+    """A pass that reads the graph and does not change it."""
 
     def __init__(self, look: Callable[[torch.fx.Graph], None]) -> None:
         self.look = look

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_core import _inductor
+from fusion_core._torch import inductor
 from fusion_core.agree.graph_groups import mentioned
 from fusion_core.config import FusionConfig
 from fusion_core.fusion_pass import FusionPass
@@ -25,10 +25,10 @@ def _pass_for(config: FusionConfig) -> FusionPass:
 
 
 class Backend:
-    """A backend for ``torch.compile``: Inductor under the user's mode and options, and the fusion pass behind them.
+    """A backend for ``torch.compile``: Inductor with the user's mode and options, then the fusion pass.
 
     Args:
-        config: Which backends of fusion_core may run, and how; None to read the defaults anew at each compilation.
+        config: Which backends of fusion_core may run, and how; None to read the defaults at each compilation.
     """
 
     __name__ = "fusion_core"
@@ -45,18 +45,18 @@ class Backend:
         options: dict[str, Any] | None = None,
     ) -> Any:
         """Compile one graph that Dynamo captured."""
-        # by all ranks, and before the compile cache: one that finds its graph there goes no further
+        # On every rank, before the compile cache is read: a rank that finds its graph there never runs the pass.
         groups = mentioned(graph_module, inputs)
         own = _pass_for(FusionConfig() if self.config is None else self.config).among(*groups)
-        patches = _inductor.with_pass(own, _inductor.mode_options(mode, options))
+        patches = inductor.with_pass(own, inductor.mode_options(mode, options))
         compiled_now: set[str] = set()
 
         def keep(report: Report) -> None:
-            # by the pass, before Inductor stores the graph: another rank may take it from there at that moment
+            # Saved by the pass, before Inductor stores the graph: another rank may load it as soon as it is stored.
             compiled_now.add(report_cache.save(report))
 
-        with history.collecting(keep), _inductor.taking() as taken:
-            compiled = _inductor.compile_graph(graph_module, inputs, patches)
+        with history.collecting(keep), inductor.taking() as taken:
+            compiled = inductor.compile_graph(graph_module, inputs, patches)
         if taken.hits > 0:
             names = [name for name in taken.labels if name not in compiled_now]
             kept = [report for name in names if (report := report_cache.load(name)) is not None]
@@ -65,8 +65,8 @@ class Backend:
         return compiled
 
     def reset(self) -> None:
-        """What ``torch._dynamo.reset`` asks of a backend."""
-        _inductor.reset_cudagraphs()
+        """Called by ``torch._dynamo.reset``."""
+        inductor.reset_cudagraphs()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Backend) and self.config == other.config
@@ -76,7 +76,7 @@ class Backend:
 
 
 fusion_core = Backend()
-"""What torch finds under the name ``"fusion_core"``."""
+"""The backend that torch finds under the name ``"fusion_core"``."""
 
 
 def compile(model: Callable[..., Any], config: FusionConfig | None = None, **torch_compile_kwargs: Any) -> Any:
@@ -85,20 +85,20 @@ def compile(model: Callable[..., Any], config: FusionConfig | None = None, **tor
     Args:
         model: A module or function.
         config: Which backends may run, and how.
-        **torch_compile_kwargs: Anything that ``torch.compile`` takes, but ``backend``.
+        **torch_compile_kwargs: Arguments of ``torch.compile``, except ``backend``.
 
     Returns:
         What ``torch.compile`` returns.
 
     Raises:
         TypeError: for ``backend=``.
-        BackendError: where ``config.order`` names a backend that does not load, ``config.options`` an option that no
-            backend has, or ``config.strict`` and a backend does not load.
+        BackendError: if ``config.order`` names a backend that does not load, if ``config.options`` names an option that
+            no backend has, or if any backend does not load under ``config.strict``.
     """
     if "backend" in torch_compile_kwargs:
         raise TypeError(
             "fusion_core.compile got backend=, needs none: it compiles by Inductor; torch.compile takes others"
         )
     if config is not None:
-        _pass_for(config)  # a backend that does not load is an error here, and not in the middle of the first call
+        _pass_for(config)  # a backend that does not load is then an error here, not during the first call
     return torch.compile(model, backend=Backend(config), **torch_compile_kwargs)

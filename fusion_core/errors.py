@@ -1,4 +1,4 @@
-"""Every error that fusion_core raises on purpose, and the words for those of foreign code."""
+"""The errors that fusion_core raises on purpose, and how the errors of other code are described."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ class BackendError(FusionError):
 
 
 class PatternError(FusionError):
-    """A pattern or dialect whose definition cannot be used, or a pattern name nobody defined."""
+    """A pattern or dialect whose definition cannot be used, or the name of a pattern that does not exist."""
 
 
 def described(error: BaseException) -> str:
-    """An error of foreign code as one line: its type and what it says, where it can say anything."""
+    """An error of other code as one line: its type and its message, if it has one."""
     name = type(error).__name__
     try:
         text = plain(" ".join(str(error).split()))
     except KeyboardInterrupt:
         raise
-    except BaseException:  # noqa: BLE001  # the error itself must still be said
+    except BaseException:  # noqa: BLE001  # the error itself must still be reported
         text = "its text cannot be had, as its __str__ raises"
     return f"{name}: {text}" if text else name
 
 
 def plain(text: str) -> str:
-    """A text with escapes for the characters that a terminal obeys instead of showing."""
+    """The text, with control characters escaped."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def shown(value: object, text: Callable[[object], str] = repr) -> str:
-    """A value of foreign code in words, whatever its ``__repr__`` or ``__str__`` does."""
+    """A value of other code as text, even if its ``__repr__`` or ``__str__`` raises."""
     try:
         return plain(text(value))
     except KeyboardInterrupt:
         raise
-    except BaseException:  # noqa: BLE001  # it is named in a message all the same
+    except BaseException:  # noqa: BLE001  # the message that names it must still appear
         return f"an object of type {type(value).__name__}"
 
 
 def blame(error: BaseException, strategy: str, place: str) -> None:
-    """Note on an error of a kernel which strategy it came from, where, and the way around it."""
+    """Add a note to a kernel's error: the strategy it came from, where it ran, and how to avoid it."""
     backend = strategy.partition(".")[0]
     way = f"{ORDER} names the backends to use, and {ORDER}=none uses none"
-    error.add_note(f"fusion_core ran {strategy} at {place}; the way around {backend}: {way}")
+    error.add_note(f"fusion_core ran {strategy} at {place}; to avoid {backend}: {way}")
 
 
 class RanksDiffer(FusionError):
-    """The ranks of a group run different graphs, and one of them may be inside a kernel that pairs with nothing."""
+    """The ranks of a group run different graphs, so one of them may wait in a kernel for ranks that never come."""
 
 
 for _error in (FusionError, ConfigError, BackendError, PatternError, RanksDiffer):

@@ -12,18 +12,20 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from fusion_core._inductor import CustomGraphPass, decompositions
-from fusion_core.agree.ranks import Common, agree, known, so_far, will_ask
+from fusion_core._torch.inductor import CustomGraphPass, decompositions
+from fusion_core.agree.ranks import AgreedState, agree, settled_everywhere, settled_so_far, will_ask
 from fusion_core.config import DETERMINISTIC, FusionConfig
-from fusion_core.decide.candidate import Verdict
+from fusion_core.decide.candidate import SiteVerdict
 from fusion_core.decide.judge import judge
 from fusion_core.decision import Decision
 from fusion_core.emit.emitter import Emitter
-from fusion_core.emit.merge import mergeable, merged
+from fusion_core.emit.merge import merge_all_reduces, mergeable
+from fusion_core.emit.narrow import narrow
 from fusion_core.emit.trace import Unplaceable
 from fusion_core.errors import BackendError
 from fusion_core.groups import group_name, world_size
 from fusion_core.lift.collectives import all_reduces, has_all_reduce
+from fusion_core.lift.gathers import Gathers
 from fusion_core.lift.graph import LiftedGraph
 from fusion_core.lift.readings import Readings
 from fusion_core.plugins.asking import FAILED
@@ -39,21 +41,21 @@ from fusion_core.tables.store import NONE
 
 
 class FusionPass(CustomGraphPass):
-    """Finds every all_reduce of a graph, with what follows it, and runs it through the best usable strategy.
+    """Replaces each all_reduce of a graph, and the code that follows it, by the best usable strategy.
 
     For Inductor's option ``post_grad_custom_post_pass``; ``torch.compile(backend="fusion_core")`` sets it by itself.
-    One object may serve many graphs, and compilations in several threads. Ranks first agree on what they have in
-    common, see `among`.
+    One object can be used for many graphs, and from several threads. The ranks of each process group first agree on
+    the backends that all of them have; see `among`.
 
     Args:
         config: Which backends may run, and how; None for the defaults.
-        registry: Backends that are loaded already; None to load them by their entry points.
-        dry_run: Decide and report, and leave every graph as it is: a copy is rewritten.
+        registry: The loaded backends; None to load them by their entry points.
+        dry_run: Decide and report, but rewrite only a copy of each graph.
 
     Raises:
-        BackendError: where ``config.order`` names a backend that does not load, ``config.options`` an option that no
-            backend has, or ``config.strict`` and a backend does not load.
-        ConfigError: where an environment variable ``FUSION_CORE_*`` cannot be used.
+        BackendError: if ``config.order`` names a backend that does not load, if ``config.options`` names an option that
+            no backend has, or if any backend does not load under ``config.strict``.
+        ConfigError: if an environment variable ``FUSION_CORE_*`` cannot be used.
     """
 
     def __init__(
@@ -63,57 +65,62 @@ class FusionPass(CustomGraphPass):
         self.registry = Registry.load(self.config) if registry is None else registry
         self.dry_run = dry_run
         self._uuids: dict[tuple[Device, bool, str], str] = {}
-        self._common: Common | None = None
+        self._common: AgreedState | None = None
         if not dry_run:
             will_ask(self.registry)
 
     def among(self, *groups: dist.ProcessGroup | str | None) -> FusionPass:
-        """The pass for graphs whose all_reduces are in these process groups; in another one it fuses nothing.
+        """The pass for graphs whose all_reduces are in these process groups; it fuses nothing in other groups.
 
-        The ranks of each group agree now on what they have in common, and wait for each other: all of them must call
-        this. Without it, a pass that Inductor runs by itself agrees on the groups of each graph when it meets them, and
-        keeps the graph out of Inductor's cache as long as this process has any group with other ranks that is not
-        agreed on.
+        Collective: the ranks of each group agree here on the backends they share, and wait for each other. Without this
+        call, the pass agrees on a graph's groups when it runs on the graph. It then keeps the graph out of Inductor's
+        cache if this process is in a group with other ranks that has no agreement yet.
 
         Args:
             *groups: The groups or their names; None for the default group.
 
         Raises:
-            ConfigError: where torch.distributed is not initialised, or knows no group of a name.
+            ConfigError: if torch.distributed is not initialised, or has no group of a given name.
         """
         found = FusionPass(registry=self.registry, dry_run=self.dry_run)
         found._uuids = self._uuids
         found._common = agree(map(group_name, groups), self.registry)
         return found
 
-    def _agreed(self, groups: Iterable[str]) -> Common:
+    def _agreed(self, groups: Iterable[str]) -> AgreedState:
         if self._common is not None:
             return self._common
-        return so_far(groups, self.registry) if self.dry_run else agree(groups, self.registry)
+        return settled_so_far(groups, self.registry) if self.dry_run else agree(groups, self.registry)
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Rewrite the chosen sites of a graph and record the report; a graph without a chosen site stays as it is."""
+        """Rewrite the chosen sites of a graph and record the report; a graph without chosen sites is not changed."""
         report = self.run(graph)
         history.record(report, self.config.reports)
         self.registry.notify(report)
 
     def run(self, graph: fx.Graph) -> Report:
-        """Rewrite the chosen sites of a graph, in a dry run of a copy of it, and return the report."""
+        """Rewrite the chosen sites of a graph (of a copy, in a dry run) and return the report."""
         device = _device(graph)
         readings = Readings(self.registry.dialects)
-        if not has_all_reduce(graph, readings):
+        gathers = Gathers(graph)
+        if not has_all_reduce(graph, readings) and not gathers:
             return self._report((), (), device)
         named = [term.operands["group"] for _, term in all_reduces(graph, readings)]
+        named += [gather.group for gather in gathers.found.values()]
         groups = [group for group in dict.fromkeys(named) if isinstance(group, str)]
         common = self._agreed(groups)
-        if self.dry_run:  # every site is placed in a copy: what is promised has been done once, later sites included
+        if self.dry_run:  # rewrite a copy, so that every rewrite in the report has been done once
             graph = _copy(graph)
         left = self.config.limit
         merges: tuple[Merge, ...] = ()
         if self.registry.backends:
             merging = self.config.merge
-            merges = merged(graph, readings, left, common.unmerged) if merging else mergeable(graph, readings)
+            merges = (
+                merge_all_reduces(graph, readings, left, common.unmerged) if merging else mergeable(graph, readings)
+            )
             left = None if left is None else left - sum(not merge.reasons for merge in merges)
+            if gathers and left != 0:
+                narrow(graph, gathers)
         view = LiftedGraph(graph, readings)
         for problem in dict.fromkeys(readings.problems):
             if self.config.strict:
@@ -121,23 +128,25 @@ class FusionPass(CustomGraphPass):
             warn_once(problem)
         emitter = Emitter(graph, view, decompositions(), self.config)
         verdicts = []
-        for anchor, term in view.anchors:
-            group = term.operands["group"]
+        for anchor, terms in view.anchors:
+            group = terms[0].operands["group"]
             usable = common.registry(self.registry, group) if isinstance(group, str) else self.registry
-            verdicts.append((anchor, judge(view, anchor, term, usable)))
-        self._say_broken(verdict for _, verdict in verdicts)
+            verdicts.append((anchor, judge(view, anchor, terms, usable)))
+        self._warn_of_broken(verdict for _, verdict in verdicts)
         left = len(verdicts) if left is None else left
         sites = []
-        shared: dict[tuple[Decision, ...], tuple[Decision, ...]] = {}  # a model's layers are mostly alike
+        shared: dict[tuple[Decision, ...], tuple[Decision, ...]] = {}  # most layers of a model are the same
         for anchor, verdict in verdicts:
+            if anchor in emitter.taken:
+                continue  # a part of the site before it
             site = self._settle(anchor, verdict, emitter, left > 0)
             left -= site.strategy is not None
             sites.append(replace(site, decisions=shared.setdefault(site.decisions, site.decisions)))
         emitter.seal()
         return self._report(tuple(sites), merges, device, common.reasons(groups), *self._tables(groups, common, device))
 
-    def _say_broken(self, verdicts: Iterable[Verdict]) -> None:
-        """Name the strategies whose requirements raise, or answer what is no reason."""
+    def _warn_of_broken(self, verdicts: Iterable[SiteVerdict]) -> None:
+        """Warn about strategies whose requirements raise or return something other than a reason; raise if strict."""
         decisions = [decision for verdict in verdicts for decision in verdict.decisions]
         broken = [f"{d.strategy}: {reason}" for d in decisions for reason in d.reasons if reason.code == FAILED]
         for found in dict.fromkeys(broken):
@@ -145,13 +154,13 @@ class FusionPass(CustomGraphPass):
                 raise BackendError(found)
             warn_once(found, 3)
 
-    def _settle(self, anchor: fx.Node, verdict: Verdict, emitter: Emitter, may_rewrite: bool) -> SiteReport:
-        """Rewrite one site by the first candidate that can be placed; what became of every strategy."""
+    def _settle(self, anchor: fx.Node, verdict: SiteVerdict, emitter: Emitter, may_rewrite: bool) -> SiteReport:
+        """Rewrite one site with the first candidate that can be placed; returns the outcome for every strategy."""
         label = anchor.name  # the node is gone once the site is rewritten
         outcome: dict[str | None, tuple[Stage, tuple[Reason, ...]]] = {}
         chosen = None
         for candidate in verdict.candidates:
-            # an operator that picks by the token count stands for all that it picks from
+            # an operator that dispatches by the token count represents all the strategies that it picks from
             names = {candidate.strategy.name, *(each.strategy for each in candidate.choices)} - {None}
             if chosen is not None:
                 found = f"{chosen.strategy.name} comes first"
@@ -173,20 +182,25 @@ class FusionPass(CustomGraphPass):
         )
         site = chosen.site if chosen is not None else verdict.site
         attributes = site_attributes(site) if site is not None else {}
-        pattern = site.pattern if site is not None else "all_reduce"
+        pattern = site.pattern if site is not None else verdict.word
+        collective = "all_reduce" if verdict.word == "all_reduce" else "all_gather"
         if chosen is None:
-            return SiteReport(pattern, None, label, attributes, decisions, (), verdict.near_misses)
+            missed = verdict.near_misses
+            return SiteReport(pattern, None, label, attributes, decisions, (), missed, collective=collective)
         as_before = chosen.strategy.is_definition(self.registry.patterns[chosen.strategy.pattern])
         name, choices = chosen.strategy.name, chosen.choices
-        return SiteReport(pattern, name, label, attributes, decisions, choices, verdict.near_misses, as_before)
+        missed = verdict.near_misses
+        return SiteReport(
+            pattern, name, label, attributes, decisions, choices, missed, as_before, collective=collective
+        )
 
     def _tables(
-        self, groups: Iterable[str], common: Common, device: Device
+        self, groups: Iterable[str], common: AgreedState, device: Device
     ) -> tuple[dict[str, str], dict[str, tuple[Reason, ...]]]:
-        """Which tuning table decides in each process group; why none does on a GPU, where it might."""
+        """The tuning table used for each process group, and for groups on GPUs without one, why there is none."""
         used: dict[str, str] = {}
         untuned: dict[str, tuple[Reason, ...]] = {}
-        if self.config.numerics == DETERMINISTIC:  # nothing measured decides there
+        if self.config.numerics == DETERMINISTIC:  # no measured time is used then
             return used, untuned
         for group in groups:
             registry, size = common.registry(self.registry, group), world_size(group)
@@ -228,14 +242,14 @@ class FusionPass(CustomGraphPass):
         )
 
     def uuid(self) -> str | None:
-        """A key of everything that the pass's work hangs on, for Inductor's compile cache.
+        """A key of everything that the pass's work depends on, for Inductor's compile cache.
 
-        None, which keeps a graph out of it, where a dialect cannot tell its state, and where ranks have yet to agree:
-        one that takes a graph from the cache never runs the pass.
+        None keeps a graph out of the cache: if a dialect's state cannot be read, and while ranks have yet to agree,
+        since a rank that takes its graph from the cache never runs the pass.
         """
         common = self._common
         if common is None and not self.dry_run:
-            common = known(self.registry)
+            common = settled_everywhere(self.registry)
             if common is None:
                 return None
         try:
@@ -243,14 +257,14 @@ class FusionPass(CustomGraphPass):
         except BackendError as error:
             warn_once(f"{error}; graphs are compiled anew instead of taken from the cache")
             return None
-        # the rest is fixed; Inductor asks several times for each graph
+        # the rest is fixed, and Inductor calls this several times per graph
         key = Device.here(), self.dry_run, state
         if key not in self._uuids:
             self._uuids[key] = fingerprint(self.registry, self.dry_run)
         return self._uuids[key] + tables(self.registry) + (common.key if common is not None else "")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusionPass:
-        return self  # Inductor copies its configuration, and modules of plugins cannot be copied
+        return self  # Inductor copies its configuration, and the plugins' modules cannot be copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (self.config, self.dry_run)
@@ -261,7 +275,7 @@ def _again(config: FusionConfig, dry_run: bool) -> FusionPass:
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:
-    """The same nodes under the same names, to be changed."""
+    """A copy with the same nodes and names."""
     found = fx.Graph()
     output: Any = found.graph_copy(graph, {}, return_output_node=True)
     if output is not None:

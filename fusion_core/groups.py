@@ -1,28 +1,50 @@
-"""Facts about process groups, by the names that graphs use."""
+"""Process groups by name, as graphs refer to them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.distributed as dist
 
+from fusion_core._torch.distributed import group_by_name, groups
 from fusion_core.errors import ConfigError
-
-_resolve: Callable[[str], dist.ProcessGroup] | None = getattr(
-    getattr(dist, "distributed_c10d", None), "_resolve_process_group", None
-)
 
 
 def resolved(name: str) -> dist.ProcessGroup | None:
-    """The group of a name; None where this process knows no such group."""
+    """The group of a name; None if this process is in no such group."""
     try:
-        return None if _resolve is None else _resolve(name)
+        return group_by_name(name)
     except (AttributeError, RuntimeError, ValueError, LookupError):
         return None
 
 
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group of a name, as graphs pass it to an operator.
+
+    Args:
+        name: The group's ``ProcessGroup.group_name``.
+
+    Returns:
+        The group: the same object at each call until it is destroyed.
+
+    Raises:
+        ConfigError: if this process is in no group of that name, because it was never made or is destroyed.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> process_group(dist.group.WORLD.group_name).size()
+        1
+        >>> dist.destroy_process_group()
+    """
+    found = resolved(name)
+    if found is None:
+        known = ", ".join(repr(str(group.group_name)) for group in groups())
+        known = known or "there is none, init_process_group makes one"
+        raise ConfigError(f"group is {name!r}, needs the name of a process group of this process: {known}")
+    return found
+
+
 def world_size(group: str) -> int | None:
-    """The number of ranks of a group; None where this process knows no such group."""
+    """The number of ranks of a group; None if this process is in no such group."""
     found = resolved(group)
     return None if found is None else int(found.size())
 
@@ -31,7 +53,7 @@ def group_name(group: dist.ProcessGroup | str | None) -> str:
     """The name of a process group; None is the default group.
 
     Raises:
-        ConfigError: where torch.distributed is not initialised, or knows no group of that name.
+        ConfigError: if torch.distributed is not initialised, or has no group of that name.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ConfigError(
@@ -47,17 +69,17 @@ def group_name(group: dist.ProcessGroup | str | None) -> str:
 
 
 def is_shared(group: dist.ProcessGroup) -> bool:
-    """Whether a group has other ranks that really exist: torch's ``fake`` groups only look as if."""
+    """Whether a group has other ranks that exist: those of torch's ``fake`` groups do not."""
     if group.size() < 2:
         return False
     try:
         return "fake" not in dist.get_backend_config(group)
     except (RuntimeError, ValueError, KeyError):
-        return True  # destroyed; whoever needs its ranks will hear of it
+        return True  # destroyed: the next collective in it raises
 
 
 def global_ranks(group: dist.ProcessGroup) -> list[int]:
-    """The ranks of a group as the whole job numbers them."""
+    """The global ranks of a group's members."""
     try:
         return list(dist.get_process_group_ranks(group))
     except (KeyError, RuntimeError, ValueError):

@@ -1,7 +1,7 @@
-"""Each pattern as an eager function, for code that places fusions by hand.
+"""Each pattern as an eager function, for code that calls fused kernels by hand.
 
 ``fusion_core.ops.all_reduce_add_rms_norm(x, residual, weight, eps, group=group)`` runs the best usable strategy for
-these tensors. Inside ``torch.compile`` it is the pattern's plain definition, which the pass then finds.
+these tensors. Under ``torch.compile`` it is the pattern's plain definition, which the pass then matches.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fusion_core._torch.tensors import FakeTensorMode
 from fusion_core.agree.kernel_calls import Calls, calls_of
 from fusion_core.agree.ranks import agree
 from fusion_core.config import FusionConfig
-from fusion_core.decide.eligibility import weigh
-from fusion_core.decide.measured import figure
-from fusion_core.decide.ranking import Usable, best_first
+from fusion_core.decide.eligibility import evaluate
+from fusion_core.decide.measured import timing
+from fusion_core.decide.ranking import Usable, rank_indices
 from fusion_core.errors import BackendError, ConfigError, blame
 from fusion_core.groups import group_name, resolved, world_size
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import GROUP, Pattern
+from fusion_core.plugins.asking import Answers
 from fusion_core.plugins.registry import Registry
 from fusion_core.plugins.strategy import Strategy
 from fusion_core.reason import Stage
@@ -75,7 +76,7 @@ def eager(pattern: Pattern) -> Callable[..., Any]:
 
 
 def _check(pattern: Pattern, bound: dict[str, Any]) -> None:
-    """Raise where tensors do not fit each other: what a graph's tracing would have found."""
+    """Raise if the tensors do not fit each other; in a graph, tracing would have found it."""
     x = bound["x"]
     for name in pattern.tensors:
         tensor = bound[name]
@@ -97,22 +98,22 @@ def _check(pattern: Pattern, bound: dict[str, Any]) -> None:
             )
         if name in pattern.elementwise and tensor.shape != x.shape:
             raise ConfigError(f"{pattern.name}: {name} has shape {tuple(tensor.shape)}, needs x's, {tuple(x.shape)}")
-        if name == "weight" and (x.dim() == 0 or tensor.shape != x.shape[-1:]):
+        if name in ("weight", "post_weight") and (x.dim() == 0 or tensor.shape != x.shape[-1:]):
             raise ConfigError(
-                f"{pattern.name}: weight has shape {tuple(tensor.shape)}, needs x's last size, {tuple(x.shape[-1:])}"
+                f"{pattern.name}: {name} has shape {tuple(tensor.shape)}, needs x's last size, {tuple(x.shape[-1:])}"
             )
 
 
 def _choose(
     pattern: Pattern, bound: dict[str, Any], group: str, wanted: tuple[str, ...], config: FusionConfig
 ) -> tuple[Strategy, Calls | None]:
-    """The best usable strategy for these tensors, and what ranks agree on first; once for tensors of one form."""
+    """The best usable strategy for these tensors, and the call that ranks check first; cached per shape and dtype."""
     tensors = [(name, TensorMeta.of(bound[name])) for name in pattern.tensors if bound[name] is not None]
     scalars = [(name, bound[name]) for name in pattern.scalars]
     key = (pattern.name, tuple(tensors), tuple(scalars), bound["x"].device, wanted, config)
     known = resolved(group)
     assert known is not None
-    chosen = _chosen.setdefault(known, {})  # by the group itself: one that was destroyed leaves its name to the next
+    chosen = _chosen.setdefault(known, {})  # keyed by the group, not its name: a later group may reuse the name
     if key not in chosen:
         strategy = _decide(pattern, bound, dict(tensors), group, wanted, config)
         words = f"{strategy.name} in fusion_core.ops.{pattern.name}"
@@ -155,19 +156,20 @@ def _decide(
     site = Site(pattern.name, "ops", inputs, outputs, scalars, Device.of(bound["x"].device), size, group)
     reasons: list[str] = []
     usable: list[Usable] = []
+    answers = Answers(site)
     for strategy in registry.strategies(pattern.name):
-        found = figure(registry, strategy, pattern, site, site.tokens or 0)
-        stage, why = weigh(strategy, pattern, site, registry, found)
+        found = timing(registry, strategy, pattern, site, site.tokens or 0)
+        stage, why = evaluate(strategy, pattern, answers, registry, found)
         if stage is Stage.CHOSEN:
             usable.append((strategy, pattern, found))
         reasons.extend(f"{strategy.name}: {reason}" for reason in why)
-    if not usable and common.reasons([group]):  # a warning has said so; the others do the same
+    if not usable and common.reasons([group]):  # there has been a warning, and the other ranks do the same
         return _unfused(pattern)
     if not usable:
         raise BackendError(
             f"no strategy can run {pattern.name} here: {'; '.join(reasons) or 'no backend in use has one'}"
         )
-    return usable[best_first(registry, usable)[0]][0]
+    return usable[rank_indices(registry, usable)[0]][0]
 
 
 for _pattern in CORE_PATTERNS:

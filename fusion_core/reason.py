@@ -10,17 +10,17 @@ from fusion_core.errors import BackendError, shown
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """One refusal: what was found and what would do.
+    """One refusal: what was found and what is needed.
 
     Attributes:
         code: A short stable word for programs: ``"dtype"``, ``"world_size"``, ``"import"``, ...
         found: What was found, as a phrase: ``"x is float64"``.
-        needs: What would do, as a phrase, or empty where nothing would: ``"bfloat16 or float16"``.
-        arg: The argument that is to blame, where there is one.
-        hint: The next step, where there is one: a command, an option, an issue.
+        needs: What is needed, as a phrase: ``"bfloat16 or float16"``; empty if nothing would help.
+        arg: The argument at fault, if there is one.
+        hint: The next step, if there is one: a command, an option, an issue.
 
     Raises:
-        BackendError: for a value of another type: reports print it, and keep it as JSON.
+        BackendError: for a value of another type, which reports could not print or store as JSON.
 
     Example:
         >>> print(Reason("dtype", "x is float64", "bfloat16 or float16", arg="x"))
@@ -52,25 +52,25 @@ class Reason:
 
 
 class Stage(IntEnum):
-    """How far a strategy got at a site; a refusal at a later stage is the nearer miss."""
+    """How far a strategy got at a site: the later the stage, the nearer the miss."""
 
     UNAVAILABLE = 1
     """Its backend cannot be used on this device."""
     STRUCTURE = 2
-    """Its pattern does not stand at this place."""
+    """Its pattern does not match here."""
     REQUIRES = 3
-    """The pattern stands here, but the strategy cannot run it correctly."""
+    """The pattern matches here, but the strategy cannot run it correctly."""
     WORTHWHILE = 4
     """It can run here, but is not known to be faster."""
     OPTION = 5
-    """It can and should run here, and the user has not switched it on."""
+    """It can and should run here, but the user has not switched it on."""
     REPLACEMENT = 6
-    """It was chosen, and could not be put into the graph."""
+    """It was chosen, but could not be put into the graph."""
     OUTRANKED = 7
-    """It can and should run here; another one comes first."""
+    """It can and should run here, but another strategy comes first."""
     CHOSEN = 8
     """It runs here."""
 
 
 TUNE = "fusion-core tune measures it on this machine"
-"""The next step of a reason that a measurement would settle."""
+"""The hint of a reason that a measurement would resolve."""

@@ -1,4 +1,4 @@
-"""Finding and calling what a user names as ``MODULE:FUNCTION``."""
+"""Finds and calls the function that a user names as ``MODULE:FUNCTION``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OWN = str(Path(__file__).parent)
 
 @dataclass(frozen=True)
 class Call:
-    """A model and what to call it with."""
+    """A model and the arguments to call it with."""
 
     model: Callable[..., Any]
     args: tuple[Any, ...]
@@ -31,7 +31,7 @@ def find(spec: str) -> Callable[[], Any]:
     """The function that ``MODULE:FUNCTION`` or ``file.py:FUNCTION`` names.
 
     Raises:
-        ConfigError: where there is none.
+        ConfigError: if there is none.
     """
     source, colon, name = spec.rpartition(":")
     if not (colon and source and name):
@@ -64,23 +64,23 @@ def _load_file(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look their module up
+    sys.modules[name] = module  # dataclasses and pickle look up the module by its name
     spec.loader.exec_module(module)
     return module
 
 
 def _place(trace: TracebackType | None) -> str:
-    """The place in the user's code that raised, as text; empty where it was not in theirs."""
+    """The line of the user's code that raised, as text; empty if other code raised."""
     frames = [frame for frame in traceback.extract_tb(trace) if not frame.filename.startswith((_OWN, "<frozen"))]
     theirs = [frame for frame in frames if Path(importlib.__file__).parent.as_posix() not in frame.filename]
     return f" (at {theirs[-1].filename}:{theirs[-1].lineno})" if theirs else ""
 
 
 def as_call(returned: Any, spec: str) -> Call:
-    """What the user's function returned, as a call.
+    """The return value of the user's function as a call.
 
     Raises:
-        ConfigError: where it is not ``(model, args)`` or ``(model, args, kwargs)``.
+        ConfigError: if it is not ``(model, args)`` or ``(model, args, kwargs)``.
     """
     needs = "(model, args) or (model, args, kwargs) with a tuple and a dict"
     if not isinstance(returned, tuple) or len(returned) not in (2, 3):

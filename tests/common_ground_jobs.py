@@ -7,11 +7,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from importlib.metadata import Distribution, EntryPoint
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,135 +17,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import fusion_core
-from fusion_core import Dialect, DType, FusionConfig, FusionPass, Reading, Reason, Registry, Strategy
-from fusion_core._inductor import post_grad_only
+from fusion_core import FusionPass, Registry
+from fusion_core._torch.inductor import post_grad_only
 from fusion_core.agree import ranks as common_ground
 from fusion_core.agree.exchange import Exchange
 from fusion_core.agree.graph_groups import mentioned
 from fusion_core.agree.ranks import agree
 from fusion_core.dynamo import _pass_for
-from fusion_core.plugins.registry import GROUP
 from fusion_core.plugins.sources import core_sources
-from fusion_core.site import Device
-from fusion_core.tables.machine import Machine
-from fusion_core.tables.table import UNFUSED, Row, Table
-from tests.corpus.case import ADD, EPS, norm
-from tests.models import plugins
+from tests.corpus.case import EPS, norm
+from tests.odd_registries import DIFFERENCES, HIDDEN, REFERENCE, TOKENS, of, point
 
-HIDDEN, TOKENS = 64, 4
 LIMIT = 20.0
 """Seconds that ranks wait for each other where they all come."""
-REFERENCE = EntryPoint("reference", "fusion_reference", GROUP)
 MARK = "fusion_core_model_tests"
 
 core_sources()  # by all ranks at one time, whatever a developer edits while the tests run
-
-Making = Callable[[bool], Registry]
-"""From whether this rank is the odd one to its registry."""
-
-
-# ---- backends
-
-
-def _strategies(*requires: Any) -> Callable[[], Iterator[Strategy]]:
-    def declared() -> Iterator[Strategy]:
-        outputs = ("normed", "residual_out")
-        yield Strategy(ADD, "acme.add", plugins._add_rms_norm, requires=requires, outputs=outputs)
-
-    return declared
-
-
-plain = SimpleNamespace(fusion_strategies=fusion_core.hookimpl(_strategies()))
-stricter = SimpleNamespace(fusion_strategies=fusion_core.hookimpl(_strategies(DType("x", torch.float32))))
-absent = SimpleNamespace(
-    fusion_strategies=plain.fusion_strategies,
-    fusion_available=fusion_core.hookimpl(lambda device: [Reason("driver", "the driver is 1", "2")]),
-)
-_WORDS = {"x": "x", "group": "group"}
-reading = SimpleNamespace(
-    fusion_strategies=plain.fusion_strategies,
-    fusion_dialects=fusion_core.hookimpl(
-        lambda: [Dialect("acme", {"acme::sum": Reading("all_reduce", _WORDS, results={"reduced": 0})})]
-    ),
-)
-
-
-@dataclass
-class Kernels(Distribution):
-    """A distribution that lists no files."""
-
-    number: str
-
-    def read_text(self, filename: str) -> str | None:
-        said = f"Metadata-Version: 2.1\nName: acme-kernels\nVersion: {self.number}\n"
-        return said if filename == "METADATA" else None
-
-    def locate_file(self, path: Any) -> Path:
-        return Path("/nowhere", path)
-
-
-def point(attribute: str, version: str = "1.0") -> EntryPoint:
-    """An entry point named acme, of a distribution."""
-    found = EntryPoint("acme", f"{__name__}:{attribute}", GROUP)
-    vars(found)["dist"] = Kernels(version)
-    return found
-
-
-def of(*points: EntryPoint, **config: Any) -> Registry:
-    return Registry.of([*points, REFERENCE], FusionConfig(**{"merge": True, **config}))
-
-
-def _with(ordinary: Registry, **environment: str) -> Registry:
-    with mock.patch.dict(os.environ, environment):
-        return replace(ordinary, config=FusionConfig(merge=True))
-
-
-def _table(us: float) -> Table:
-    rows = (Row(ADD, "bfloat16", HIDDEN, TOKENS, {UNFUSED: 20.0, "acme.add": us}),)
-    return Table(Machine.here(2, Device("cpu")), rows, "2026-11-22T10:00:00+00:00", "a measurement")
-
-
-def keep_tables_in(folder: str) -> None:
-    tables.append(folder)
-
-
-tables: list[str] = []
-
-
-def _measured(us: float) -> Registry:
-    """Each rank has a file of its own."""
-    file = Path(tables[-1], f"{dist.get_rank()}.json")
-    file.write_text(json.dumps(_table(us).to_dict()), encoding="utf-8")
-    return of(point("plain"), table=str(file))
-
-
-def _failing() -> Registry:
-    with mock.patch("fusion_core.plugins.registry.warn_once"):
-        return of(point("not_there"))
-
-
-DIFFERENCES: dict[str, Making] = {
-    "nothing": lambda odd: of(point("plain")),
-    "missing": lambda odd: of() if odd else of(point("plain")),
-    "failing": lambda odd: _failing() if odd else of(point("plain")),
-    "unavailable": lambda odd: of(point("absent" if odd else "plain")),
-    "version": lambda odd: of(point("plain", "1.1" if odd else "1.0")),
-    "declaration": lambda odd: of(point("stricter" if odd else "plain")),
-    "dialect": lambda odd: of() if odd else of(point("reading")),
-    "order": lambda odd: of() if not odd else _with(of(), FUSION_CORE_ORDER="reference"),
-    "limit": lambda odd: of(point("plain")) if not odd else _with(of(point("plain")), FUSION_CORE_LIMIT="1"),
-    "strict": lambda odd: of(point("plain"), strict=odd),
-    "table": lambda odd: _measured(10.0 if odd else 30.0),
-    "the same table": lambda odd: _measured(30.0),
-    "no backend": lambda odd: Registry.of([] if odd else [REFERENCE], FusionConfig()),
-}
-
-
-# ---- one graph
 
 
 @dataclass
@@ -220,7 +107,7 @@ def compiled(
         own = own.among(*mentioned(graph_module, inputs)) if bound else own
         found = post_grad_only(lambda graph: reports.append(own.run(graph)))(graph_module, inputs)
         keys.append(own.uuid())
-        return found if call else _stop
+        return found if call else stop
 
     start = time.monotonic()
     torch._dynamo.reset()
@@ -247,7 +134,7 @@ def compiled(
     )
 
 
-def _stop(*args: Any) -> Any:
+def stop(*args: Any) -> Any:
     raise StopHere
 
 
@@ -273,9 +160,6 @@ def differing(name: str, bound: bool, ranks: Sequence[int] = (0, 1)) -> Found | 
         return None
     with limit(LIMIT):
         return compiled(group, DIFFERENCES[name](dist.get_rank() == ranks[-1]), bound=bound)
-
-
-# ---- who comes when
 
 
 def late(seconds: float, limit_seconds: float, bound: bool) -> Found:
@@ -313,7 +197,7 @@ def in_a_ring() -> float:
     start = time.monotonic()
     with limit(5.0):
         common = agree(names, of())
-    assert list(common.grounds) == names
+    assert list(common.differences_of) == names
     assert not common.reasons(names)
     return time.monotonic() - start
 
@@ -325,7 +209,7 @@ def nobody_comes() -> float:
     if dist.get_rank() == 0:
         with limit(2.0):
             common = agree([group.group_name for group in groups], of())
-        assert len(common.reasons(common.grounds)) == 5
+        assert len(common.reasons(common.differences_of)) == 5
     return time.monotonic() - start
 
 
@@ -381,70 +265,6 @@ def eager(name: str) -> tuple[int, float]:
     h = residual.double() + sum(given(rank)[0].double() for rank in range(dist.get_world_size()))
     wanted = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
     return called, float((normed.double() - wanted).abs().max())
-
-
-# ---- which groups a graph shows
-
-
-def shown() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Groups that Dynamo's graph of each spelling shows, and those that it should."""
-    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "tp"))
-    tp: DeviceMesh = mesh["tp"]
-    group = tp.get_group()
-    x = torch.ones(4, 4)
-    weight = distribute_tensor(torch.ones(4, 4), tp, [Shard(0)])
-
-    def functional(x: Tensor) -> Tensor:
-        return funcol.all_reduce(x, "sum", group)
-
-    def in_place(x: Tensor) -> Tensor:
-        x = x * 1
-        dist.all_reduce(x, group=group)
-        return x
-
-    def from_local(x: Tensor) -> Tensor:
-        return DTensor.from_local(x, tp, [Partial()]).redistribute(tp, [Replicate()]).to_local()
-
-    def with_weight(x: Tensor) -> Tensor:
-        summed = torch.nn.functional.linear(DTensor.from_local(x, tp, [Replicate()]), weight)
-        return summed.redistribute(placements=[Replicate()]).to_local()
-
-    def of_dtensors(x: Tensor) -> Tensor:
-        return (x @ x).redistribute(placements=[Replicate()]).to_local()  # type: ignore[attr-defined]
-
-    def checkpointed(x: Tensor) -> Tensor:
-        return torch.utils.checkpoint.checkpoint(functional, x, use_reentrant=False)
-
-    def local(x: Tensor) -> Tensor:
-        return x.sum(-1)
-
-    forms = (functional, in_place, from_local, with_weight, of_dtensors, checkpointed, local)
-    found = {}
-    for form in forms:
-        names: list[tuple[str, ...]] = []
-
-        def backend(graph_module: Any, inputs: Sequence[Any], names: list[Any] = names) -> Any:
-            names.append(mentioned(graph_module, inputs))
-            return _stop
-
-        torch._dynamo.reset()
-        with suppress(StopHere):
-            given = weight if form is of_dtensors else x.clone().requires_grad_(form is checkpointed)
-            torch.compile(form, backend=backend, fullgraph=True)(given)
-        found[form.__name__] = (names[0], () if form is local else (str(group.group_name),))
-    return found
-
-
-def pretended() -> tuple[bool, bool]:
-    """Whether a group of torch's fake backend, and one of a single rank, agree with themselves at once."""
-    fake = dist.new_group(backend="fake")
-    single = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
-    with mock.patch.object(common_ground, "group_store", side_effect=AssertionError):
-        registry = of()
-        return tuple(not agree([each.group_name], registry).grounds for each in (fake, single))  # type: ignore[return-value]
-
-
-# ---- all of Inductor
 
 
 def started(caches: Sequence[str], odd: bool) -> tuple[str, list[str | None], str, float]:

@@ -1,4 +1,4 @@
-"""What every test shares: hypothesis profiles, skips for missing devices, a clean environment."""
+"""Shared by all tests: hypothesis profiles, skips for missing devices, a clean environment."""
 
 import functools
 import os
@@ -8,31 +8,41 @@ import pytest
 import torch
 
 from fusion_core.plugins import once
-from fusion_core.workers import pool as workers
+from fusion_core.workers import worker
 from tests.support import durations, forked, profiles
 from tests.support.device import BACKEND, DEVICE
 
 profiles.load()
 os.environ.setdefault(
     "KINETO_LOG_LEVEL", "5"
-)  # the profiler says on stderr when it starts; read when torch is imported
+)  # else the profiler prints on stderr when it starts; read when torch is imported
+# In each new cache folder Inductor compiles a probe of the CPU's vector instructions, which takes 5 s; this skips it.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 @functools.cache
 def _devices(kind: str) -> int:
-    """How many GPUs of this kind torch can use. Asked only for marked tests: asking wakes the driver."""
+    """The number of GPUs of this kind that torch can use. Called only for marked tests, as it wakes the driver."""
     built_for = torch.version.hip if kind == "rocm" else torch.version.cuda
     return torch.cuda.device_count() if built_for else 0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--campaign", action="store_true", help="the fault campaign whole, with a table of its verdicts")
-    parser.addoption("--record-durations", action="store_true", help="write tests/durations.json anew")
+    parser.addoption("--campaign", action="store_true", help="run the whole fault campaign and print its verdicts")
+    parser.addoption("--record-durations", action="store_true", help="rewrite tests/durations.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--record-durations") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(durations.Recorder())
+    if hasattr(config, "workerinput"):
+        forked.connect()
+    elif config.getoption("numprocesses", None) and DEVICE.type == "cpu" and profiles.current() != "nightly":
+        forked.start_seedbeds()
+
+
+def pytest_unconfigure() -> None:
+    forked.stop_seedbeds()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,7 +59,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Neither finds a tuning table of this machine's user, nor leaves one."""
+    """Tests neither read the user's tuning tables nor write any."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -57,14 +67,14 @@ def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 @pytest.fixture(scope="module", autouse=True)
 def _workers_are_forked(request: pytest.FixtureRequest) -> Iterator[None]:
-    """As `tests.support.forked` says; a module that tests how workers start says ``FRESH_INTERPRETERS = True``."""
+    """See `tests.support.forked`; a module that tests how workers start sets ``FRESH_INTERPRETERS = True``."""
     with pytest.MonkeyPatch.context() as patch:
         if (
             DEVICE.type == "cpu"
             and profiles.current() != "nightly"
             and not hasattr(request.module, "FRESH_INTERPRETERS")
         ):
-            patch.setattr(workers._Worker, "launch", forked.launch)
+            patch.setattr(worker.Worker, "launch", forked.launch)
         yield
 
 
@@ -81,9 +91,9 @@ def _nothing_is_said_yet() -> None:
 
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[str]:
-    """A default process group of one rank in this process; its name. Collectives in it are real, and change nothing.
+    """The name of a default process group of one rank in this process. Collectives really run, but change nothing.
 
-    For one module at a time: others test what happens without a process group.
+    For one module at a time: other modules test the behaviour without a process group.
     """
     torch.distributed.init_process_group(BACKEND, store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield torch.distributed.group.WORLD.group_name

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,127 +11,14 @@ import torch
 from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
-from fusion_core import FusionConfig, Reason, Registry, Report, Site, Stage, Strategy
+from fusion_core import FusionConfig, Report, Stage, Strategy
 from fusion_core.dispatch import by_tokens as module
 from fusion_core.dispatch.by_tokens import Plan
-from fusion_core.tables.machine import Machine
-from fusion_core.tables.store import to_json
-from fusion_core.tables.table import Row, Table
-from tests.support.graphs import REFERENCE, fuse, plugin, registry
+from tests.support.graphs import fuse
 from tests.test_matching import ADD, add_then, norm
+from tests.token_counts import FEW, HIDDEN, OUTPUTS, Dynamic, Rows, acme, few, given, many, model, own_sum, ran, table
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-c10d = torch.ops._c10d_functional
-HIDDEN = 16
-ran: list[str] = []
-
-
-@dataclass(frozen=True)
-class Rows:
-    """At most so many rows, and more than so many."""
-
-    above: int
-    most: int
-
-    def unmet(self, site: Site) -> Reason | None:
-        tokens = site.tokens
-        if tokens is None or self.above < tokens <= self.most:
-            return None
-        return Reason("rows", f"{tokens} rows", f"{self.above + 1} to {self.most}")
-
-    def changes_at(self, site: Site) -> tuple[int, ...]:
-        return self.above + 1, self.most + 1
-
-
-def kernel(name: str) -> Callable[..., Any]:
-    def run(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, group: str) -> tuple[Tensor, Tensor]:
-        ran.append(name)
-        total = c10d.wait_tensor(c10d.all_reduce(x, "sum", group)) + residual
-        return norm(total, weight, eps), total.clone()
-
-    run.__annotations__ |= {"x": Tensor, "residual": Tensor, "weight": Tensor | None, "eps": float, "group": str}
-    run.__annotations__["return"] = tuple[Tensor, Tensor]
-    op = torch.library.custom_op(f"fusion_core_tests::by_tokens_{name}", run, mutates_args=())
-    op.register_fake(lambda x, residual, weight, eps, group: (torch.empty_like(x), torch.empty_like(x)))
-    return op
-
-
-@torch.library.custom_op("fusion_core_tests::by_tokens_sum", mutates_args=())
-def own_sum(x: Tensor, group: str) -> Tensor:
-    ran.append("sum")
-    return c10d.wait_tensor(c10d.all_reduce(x, "sum", group)).clone()
-
-
-@own_sum.register_fake
-def _(x: Tensor, group: str) -> Tensor:
-    return torch.empty_like(x)
-
-
-FEW, MANY = kernel("few"), kernel("many")
-OUTPUTS = ("normed", "residual_out")
-
-
-def few(*worthwhile: Any, **more: Any) -> Strategy:
-    return Strategy(ADD, "acme.few", FEW, worthwhile=worthwhile, outputs=OUTPUTS, **more)
-
-
-def many(*worthwhile: Any, **more: Any) -> Strategy:
-    return Strategy(ADD, "acme.many", MANY, worthwhile=worthwhile, outputs=OUTPUTS, **more)
-
-
-def acme(monkeypatch: Any, *strategies: Strategy, config: FusionConfig | None = None) -> Registry:
-    return registry(plugin(monkeypatch, "acme", fusion_strategies=lambda: strategies), REFERENCE, config=config)
-
-
-def given(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    x, r = (torch.randn(rows, HIDDEN, generator=generator).to(dtype) for _ in range(2))
-    return x, r, torch.randn(HIDDEN, generator=generator).to(dtype)
-
-
-def model(x: Tensor, r: Tensor, w: Tensor) -> Any:
-    return add_then(norm)(x * 1, r, w)
-
-
-class Dynamic:
-    """One graph for all token counts, run behind the post-grad passes."""
-
-    def __init__(self, function: Callable[..., Any], using: Registry) -> None:
-        from fusion_core import FusionPass, _inductor
-
-        self.function, self.reports, self.graphs = function, list[Report](), list[torch.fx.Graph]()
-        own = FusionPass(registry=using)
-
-        class Look(_inductor.CustomGraphPass):
-            def __call__(look, graph: torch.fx.Graph) -> None:
-                self.reports.append(own.run(graph))
-                graph.lint()
-                self.graphs.append(graph)
-
-            def uuid(look) -> None:
-                return None
-
-            def __deepcopy__(look, memo: Any) -> Any:
-                return look
-
-        torch._dynamo.reset()
-        self.compiled = torch.compile(function, backend=_inductor.post_grad_only(Look()), fullgraph=True)
-
-    def __call__(self, rows: int, dtype: torch.dtype = torch.float32) -> list[str]:
-        tensors = given(rows, dtype)
-        copies = [tensor.clone() for tensor in tensors]
-        for tensor in tensors[:2]:
-            torch._dynamo.mark_dynamic(tensor, 0)
-        ran.clear()
-        with torch.no_grad():
-            found = self.compiled(*tensors)
-            kept, ran_now = list(ran), list(ran)
-            expected = self.function(*copies)
-        ran[:] = kept
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1.6e-2 if dtype.itemsize == 2 else 1e-4)
-        torch.testing.assert_close(list(tensors), copies, rtol=0, atol=0)  # a model's inputs stay as they are
-        return ran_now
 
 
 def test_one_graph_runs_what_was_chosen_for_each_count(monkeypatch: Any) -> None:
@@ -155,12 +40,12 @@ def test_one_graph_runs_what_was_chosen_for_each_count(monkeypatch: Any) -> None
     assert again.sites[0].choices == site.choices
 
 
-def test_what_runs_at_every_count_is_put_into_the_graph_itself(monkeypatch: Any) -> None:
+def test_what_runs_at_every_count_is_all_that_the_graph_has_to_run(monkeypatch: Any) -> None:
     dynamic = Dynamic(model, acme(monkeypatch, few()))
     assert dynamic(3) == ["few"]
-    targets = [str(node.target) for node in dynamic.graphs[0].nodes]
-    assert "fusion_core_tests.by_tokens_few.default" in targets
-    assert not any("fusion_core.dispatch.by_tokens" in target for target in targets)
+    plans = dynamic.plans()
+    assert plans
+    assert all((plan.paths, plan.asks) == (((1, "acme.few"),), ()) for plan in plans)
 
 
 def test_where_nothing_pays_the_definition_is_left_to_inductor(monkeypatch: Any) -> None:
@@ -217,13 +102,6 @@ def test_a_sum_alone_takes_part_with_the_rest_of_the_pattern_behind_it(monkeypat
     assert any("rsqrt" in str(node.target) for node in dynamic.graphs[0].nodes)
 
 
-def table(tmp_path: Path, *points: tuple[int, dict[str, float]]) -> str:
-    rows = tuple(Row(ADD, "float32", HIDDEN, tokens, us) for tokens, us in points)
-    path = tmp_path / "table.json"
-    path.write_text(to_json(Table(Machine.here(1), rows, "2026-11-23T00:00:00+00:00", "recorded")))
-    return str(path)
-
-
 def test_measurements_decide_at_run_time_as_at_compile_time(monkeypatch: Any, tmp_path: Path) -> None:
     path = table(
         tmp_path,
@@ -240,7 +118,7 @@ def test_measurements_decide_at_run_time_as_at_compile_time(monkeypatch: Any, tm
         by_count = [choice.strategy for choice in choices if choice.first <= rows][-1]
         assert fixed.site.strategy == by_count, rows
     (choice,) = fuse(model, *given(32), using=using).site.choices
-    assert str(choice.figure) == "fused 10.0 us, unfused 20.0 us at 32 tokens"
+    assert str(choice.timing) == "fused 10.0 us, unfused 20.0 us at 32 tokens"
     refused = fuse(model, *given(64), using=using).site.decisions
     words = {d.strategy: str(d.reasons[0]) for d in refused if d.stage is Stage.WORTHWHILE}
     assert words["acme.many"] == "40.0 us, where the unfused path takes 30.0 us, at 64 tokens, needs less"
@@ -326,11 +204,12 @@ def test_a_plan_comes_back_from_its_text_in_another_process(monkeypatch: Any) ->
 
 
 def test_inductor_compiles_it_with_everything_around(monkeypatch: Any) -> None:
-    from fusion_core import FusionPass, _inductor
+    from fusion_core import FusionPass
+    from fusion_core._torch import inductor
 
     using = acme(monkeypatch, few(Rows(0, 8)))
     torch._dynamo.reset()
-    options = _inductor.with_pass(FusionPass(registry=using), {"fx_graph_cache": False})
+    options = inductor.with_pass(FusionPass(registry=using), {"fx_graph_cache": False})
     compiled = torch.compile(model, fullgraph=True, options=options)
     for rows in (3, 20, 8, 9):
         x, r, w = given(rows, torch.bfloat16)

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from fusion_core.agree import agreement, group_store
 from fusion_core.agree import ranks as common_ground
-from fusion_core.agree.facts import Ground, compare
 from fusion_core.workers import WorkerPool
 from tests import common_ground_jobs as jobs
+from tests import graph_group_jobs, odd_registries
 from tests.corpus.case import ADD
 
 pytestmark = pytest.mark.timeout(240)  # a hang is what must not be
@@ -31,7 +31,7 @@ ERROR = 0.1  # of bfloat16 values around 4
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerPool]:
     with WorkerPool(2) as pool:
-        pool.run(jobs.keep_tables_in, str(tmp_path_factory.mktemp("tables")))
+        pool.run(odd_registries.keep_tables_in, str(tmp_path_factory.mktemp("tables")))
         yield pool
 
 
@@ -52,8 +52,6 @@ def assert_alike(found: list[jobs.Found], strategies: list[str | None]) -> jobs.
         assert each.warned == first.warned
     return first
 
-
-# ---- what differs
 
 WHOLE = "nothing is fused"
 CASES = {
@@ -106,9 +104,6 @@ def test_nothing_is_merged_where_a_rank_would_not(two: WorkerPool) -> None:
         assert each.strategies == NEITHER
         assert each.merged == []
         assert "rank 1 has no backend, rank 0 has a backend" in each.text
-
-
-# ---- who comes when
 
 
 @pytest.mark.parametrize("bound", [True, False], ids=["bound", "by itself"])
@@ -175,8 +170,8 @@ def test_a_group_without_a_store_is_a_reason(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(common_ground, "resolved", lambda name, group=group: group)
         monkeypatch.setattr(dist.distributed_c10d, "_get_process_group_store", lambda group, store=store: store)
         with pytest.warns(RuntimeWarning, match="nothing is fused"):
-            common = common_ground.agree(["storeless"], jobs.of())
-        (reason,) = common.ground("storeless").whole
+            common = common_ground.agree(["storeless"], odd_registries.of())
+        (reason,) = common.differences("storeless").whole
         assert why in reason.found
 
 
@@ -198,7 +193,7 @@ def test_one_that_waits_long_says_for_whom(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(common_ground, "TIMEOUT", 1.0)
     monkeypatch.setattr(agreement, "PATIENCE", 0.1)
     with pytest.warns(RuntimeWarning) as warned:
-        common_ground.agree(["slow"], jobs.of())
+        common_ground.agree(["slow"], odd_registries.of())
     first, second = (str(each.message) for each in warned)
     assert first.startswith("fusion_core: waiting for rank 1 in the exchange of facts, 1 s more at most")
     assert "rank 1 did not take part" in second
@@ -209,9 +204,6 @@ class Broken:
 
     def check(self, keys: list[str]) -> bool:
         raise dist.DistNetworkError("gone")
-
-
-# ---- the key, and which groups
 
 
 def test_the_outcome_is_part_of_the_cache_key() -> None:
@@ -228,13 +220,13 @@ def test_a_group_that_the_graph_did_not_show_is_left_alone(two: WorkerPool) -> N
 
 
 def test_the_groups_of_a_graph_are_seen_before_it_is_lowered(two: WorkerPool) -> None:
-    for found in two.run(jobs.shown):
+    for found in two.run(graph_group_jobs.shown):
         for form, (names, wanted) in found.items():
             assert names == wanted, form
 
 
 def test_groups_without_other_ranks_ask_nobody(two: WorkerPool) -> None:
-    assert two.run(jobs.pretended) == [(True, True)] * 2
+    assert two.run(graph_group_jobs.pretended) == [(True, True)] * 2
 
 
 def test_eager_functions_agree_too(two: WorkerPool) -> None:
@@ -265,95 +257,3 @@ def test_a_rank_that_hits_inductors_cache_chooses_as_those_that_miss(tmp_path: P
     for origin, strategies, text, _ in run([warm[0], colder[1]], True):
         assert (origin, strategies) == ("compiled", first + CORE)
         assert "acme is not used: rank 1 does not have it" in text
-
-
-# ---- how facts compare
-
-BACKEND = {
-    "is": "acme 1",
-    "with": {"libacme": "1"},
-    "strategies": {"acme.add": "a"},
-    "sources": "s",
-    "reads": False,
-    "unavailable": {"cuda (sm_90)": [], "cpu": ["no"]},
-}
-FACTS: dict[str, Any] = {
-    "fusion_core": "1 (abc)",
-    "torch": "2.13",
-    "device": "cuda (sm_90)",
-    "config": {"order": None, "limit": None},
-    "backends": {"acme": BACKEND},
-    "table": [None, ""],
-}
-
-
-def differing(**changed: Any) -> list[str]:
-    """Why ranks 0, 1 and 2 differ where the last one has something else."""
-    ground = compare([FACTS, FACTS, {**FACTS, **changed}], (0, 1, 2))
-    return [f"{'whole: ' if reason in ground.whole else ''}{reason.found}" for reason in ground.reasons]
-
-
-def acme(**changed: Any) -> list[str]:
-    return differing(backends={"acme": {**BACKEND, **changed}})
-
-
-def test_equal_facts_are_common_ground() -> None:
-    assert compare([FACTS, FACTS], (0, 1)) == Ground()
-
-
-@pytest.mark.parametrize(
-    ("changed", "why"),
-    [
-        ({"fusion_core": "2 (abc)", "config": {}}, "rank 2 has fusion_core 2 (abc), rank 0 has fusion_core 1 (abc)"),
-        ({"torch": "2.14"}, "rank 2 has torch 2.14, rank 0 has torch 2.13"),
-        ({"device": "cuda (sm_100)"}, "rank 2 runs on cuda (sm_100), rank 0 runs on cuda (sm_90)"),
-        ({"config": {"order": ["acme"], "limit": None}}, "rank 2 has order=('acme'), rank 0 has order=None"),
-    ],
-)
-def test_some_facts_decide_over_the_whole_group(changed: Any, why: str) -> None:
-    assert differing(**changed) == [f"whole: nothing is fused: {why}"]
-
-
-@pytest.mark.parametrize(
-    ("changed", "why"),
-    [
-        ({"is": "acme 2"}, "rank 2 has acme 2, rank 0 has acme 1"),
-        ({"with": {"libacme": None}}, "rank 2 has libacme none, rank 0 has libacme 1"),
-        ({"strategies": {}}, "rank 2 declares acme.add as no strategy, rank 0 declares acme.add as a"),
-        ({"sources": "t"}, "rank 2 has the sources t, rank 0 has the sources s"),
-        (
-            {"unavailable": {"cuda (sm_90)": ["no GPU memory"], "cpu": ["no"]}},
-            "rank 2 cannot use it on cuda (sm_90) (no GPU memory), on cpu (no), rank 0 cannot use it on cpu (no)",
-        ),
-    ],
-)
-def test_others_decide_over_one_backend(changed: Any, why: str) -> None:
-    assert acme(**changed) == [f"acme is not used: {why}"]
-
-
-def test_a_backend_that_no_rank_can_use_needs_no_agreement() -> None:
-    broken = {"acme": {"failure": "broken"}}
-    assert compare([{**FACTS, "backends": broken}, {**FACTS, "backends": {}}], (0, 1)).backends == {}
-    other = {"acme": {**BACKEND, "is": "acme 2", "unavailable": {"cpu": ["another reason"]}}}
-    both = [{**FACTS, "backends": {"acme": {**BACKEND, "unavailable": {"cpu": ["no"]}}}}, {**FACTS, "backends": other}]
-    assert compare(both, (0, 1)) == Ground()
-
-
-def test_reasons_of_unavailability_may_differ() -> None:
-    assert acme(unavailable={"cuda (sm_90)": [], "cpu": ["in other words"]}) == []
-
-
-def test_how_graphs_are_read_is_common_ground_even_where_a_backend_cannot_be_used() -> None:
-    unusable = {**BACKEND, "reads": True, "unavailable": {"cpu": ["no"]}}
-    ground = compare([{**FACTS, "backends": {"acme": unusable}}, {**FACTS, "backends": {}}], (0, 1))
-    assert [reason.found for reason in ground.whole] == [
-        "nothing is fused, as acme reads graphs: rank 1 does not have it, rank 0 has acme 1"
-    ]
-
-
-def test_tables_are_compared_by_content() -> None:
-    one = {**FACTS, "table": ["f" * 64, "/one.json"]}
-    assert compare([one, {**FACTS, "table": ["f" * 64, "/two.json"]}], (0, 1)) == Ground()
-    table = compare([FACTS, one], (0, 1)).table
-    assert table is not None
-    assert table.found == "no tuning table is used: rank 1 has /one.json (ffffffffffff), rank 0 has none"

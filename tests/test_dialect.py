@@ -125,7 +125,7 @@ def test_a_reading_with_an_argument_that_the_operator_lacks_is_an_error_that_sho
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"word": "rmsnorm"}, "the word is 'rmsnorm', needs one of add, all_reduce"),
+        ({"word": "rmsnorm"}, "the word is 'rmsnorm', needs one of add, all_gather_shard, all_reduce, "),
         ({"constants": {"weight_bias": 0.0}}, r"lacks \['dtype'\] and has \[\] too many, needs rms_norm\("),
         ({"constants": {"weight_bias": 0.0, "dtype": None, "bias": 1}}, r"has \['bias'\] too many"),
         ({"results": ("result",)}, r"gives \('result',\), needs \('normed',\)"),
@@ -176,9 +176,9 @@ def not_connected(x: torch.Tensor, y: torch.Tensor, *, group: str) -> torch.Tens
     [
         (lacks_group, "needs a parameter 'group'"),
         (no_annotation, "'x' has no annotation"),
-        (no_all_reduce, "needs exactly one all_reduce, and that first"),
+        (no_all_reduce, "needs exactly one collective word, such as all_reduce, and that first"),
         (plain_torch, "needs to call words of the vocabulary only"),
-        (two_all_reduces, "needs exactly one all_reduce"),
+        (two_all_reduces, "needs exactly one collective word"),
         (of_a_constant_group, "needs all_reduce"),
         (not_connected, "takes nothing that comes before it"),
     ],

@@ -22,7 +22,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import fusion_core
-from fusion_core._inductor import CustomGraphPass, post_grad_only
+from fusion_core._torch.inductor import CustomGraphPass, post_grad_only
 from tests.corpus.case import norm
 from tests.support.graphs import describe
 
@@ -108,7 +108,9 @@ class Layer(torch.nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         reduced = funcol.all_reduce(self.down(x), "sum", torch.distributed.group.WORLD)
-        return norm(residual + reduced, self.weight)
+        return norm(
+            residual + reduced, self.weight, 1e-5
+        )  # with a number of the module, Inductor alone has one more input
 
 
 def given() -> tuple[Tensor, Tensor]:

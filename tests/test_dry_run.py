@@ -8,31 +8,14 @@ import torch
 from torch import fx
 
 from fusion_core import FusionPass, Report, Stage, Strategy, explain
-from fusion_core._inductor import post_grad_only
+from fusion_core._torch.inductor import post_grad_only
+from fusion_core.dispatch import by_tokens
+from fusion_core.dispatch.strides import fake_results
+from tests.acme import acme, opaque
 from tests.support.graphs import REFERENCE, describe, registry
-from tests.test_emission import acme, opaque
 from tests.test_matching import ADD, norm, reduce, tensors
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-
-@torch.library.custom_op("fusion_core_tests::fails_late", mutates_args=())
-def fails_late(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, group: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A kernel that can be traced and not be placed: its fake runs once."""
-    return opaque(x, residual, weight, eps, group)
-
-
-CALLS: list[int] = []
-
-
-@fails_late.register_fake
-def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, group: str) -> Any:
-    CALLS.append(1)
-    if len(CALLS) > 1:
-        raise RuntimeError("once is enough")
-    return torch.empty_like(x), torch.empty_like(x)
 
 
 def two_layers(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
@@ -42,16 +25,26 @@ def two_layers(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
 
 
 def test_a_strategy_that_only_fails_when_it_is_placed_is_not_promised(monkeypatch: Any) -> None:
-    late = Strategy(ADD, "acme.late", fails_late, outputs=("normed", "residual_out"))
+    """The fake of a plugin's own pattern is the plugin's code, and runs when its operator is traced and when it is placed."""
+    calls: list[Any] = []
+
+    def once(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) > 1:
+            raise RuntimeError("once is enough")
+        return fake_results(*args)
+
+    monkeypatch.setattr(by_tokens, "fake_results", once)
+    late = Strategy(ADD, "acme.late", opaque, outputs=("normed", "residual_out"))
     using = registry(acme(monkeypatch, late), REFERENCE)
     found: list[tuple[Report, bool, Report]] = []
 
     def look(graph: fx.Graph) -> None:
         before = describe(graph)
-        CALLS.clear()
+        calls.clear()
         dry = FusionPass(registry=using, dry_run=True).run(graph)
         unchanged = describe(graph) == before
-        CALLS.clear()
+        calls.clear()
         found.append((dry, unchanged, FusionPass(registry=using).run(graph)))
 
     torch._dynamo.reset()

@@ -1,17 +1,18 @@
 """What the pass does to a graph: the chosen strategy in, every node of the site out, and nothing else."""
 
-from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusion_core import Contiguous, DType, FusionConfig, FusionPass, Registry, Stage, Strategy
-from fusion_core.emit.pairing import PROVENANCE
-from tests.support.graphs import REFERENCE, describe, fuse, plugin, registry
+from fusion_core.dispatch import by_tokens
+from fusion_core.dispatch.by_tokens import Plan
+from fusion_core.dispatch.strides import fake_results
+from tests.acme import KERNEL, acme, opaque
+from tests.support.graphs import REFERENCE, describe, fuse, graph_of, registry
 from tests.test_matching import ADD, add_then, norm, reduce, tensors
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -19,40 +20,61 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 c10d = torch.ops._c10d_functional
 
 
-@torch.library.custom_op("fusion_core_tests::add_rms_norm", mutates_args=())
-def opaque(
+def test_a_kernel_replaces_every_node_of_the_site(monkeypatch: Any) -> None:
+    given = tensors()
+    fused = fuse(add_then(norm), *given, using=registry(acme(monkeypatch, KERNEL), REFERENCE))
+    assert fused.site.strategy == "acme.add"
+    names = [str(target) for target in fused.targets()]
+    (kernel,) = (node for node in fused.graphs[0].nodes if node.target is torch.ops.fusion_core.by_tokens_2.default)
+    assert Plan.of(kernel.args[2]).paths == ((1, "acme.add"),)
+    assert not [name for name in names if "_c10d_functional" in name or "rsqrt" in name or "aten.add" in name]
+    torch.testing.assert_close(fused.results, add_then(norm)(*given))
+    assert kernel.meta["val"][0].shape == given[0].shape
+
+
+@torch.library.custom_op("fusion_core_tests::broken", mutates_args=())
+def broken(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, group: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A backend's kernel: all of the chain behind one operator."""
-    total = c10d.wait_tensor(c10d.all_reduce(x, "sum", group)) + residual
-    return norm(total, weight, eps), total.clone()
+    raise RuntimeError("no memory for the workspace")
 
 
-@opaque.register_fake
+@broken.register_fake
 def _(
     x: torch.Tensor, residual: torch.Tensor, weight: Any, eps: float, group: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
 
 
-def acme(monkeypatch: Any, *strategies: Strategy) -> EntryPoint:
-    return plugin(monkeypatch, "acme", fusion_strategies=lambda: strategies)
+def test_an_operator_that_raises_when_it_runs_is_named_in_a_group_of_one_rank_too(monkeypatch: Any) -> None:
+    kernel = Strategy(ADD, "acme.broken", broken, outputs=("normed", "residual_out"))
+    with pytest.raises(RuntimeError, match="no memory for the workspace") as caught:
+        fuse(add_then(norm), *tensors(), using=registry(acme(monkeypatch, kernel), REFERENCE))
+    (note,) = caught.value.__notes__
+    assert note.startswith("fusion_core ran acme.broken at ")
+    assert "FUSION_CORE_ORDER" in note
 
 
-KERNEL = Strategy(ADD, "acme.add", opaque, outputs=("normed", "residual_out"))
+@pytest.mark.parametrize("error", [RuntimeError("late"), SystemExit(3)], ids=["raises", "exits"])
+def test_an_operator_whose_fake_fails_only_when_it_is_placed_leaves_the_graph_as_it_was(
+    monkeypatch: Any, error: BaseException
+) -> None:
+    """The fake of a plugin's own pattern is the plugin's code."""
+    calls: list[Any] = []
 
+    def late(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) > 1:
+            raise error
+        return fake_results(*args)
 
-def test_a_kernel_replaces_every_node_of_the_site(monkeypatch: Any) -> None:
+    monkeypatch.setattr(by_tokens, "fake_results", late)
     given = tensors()
     fused = fuse(add_then(norm), *given, using=registry(acme(monkeypatch, KERNEL), REFERENCE))
-    assert fused.site.strategy == "acme.add"
-    names = [str(target) for target in fused.targets()]
-    assert names.count("fusion_core_tests.add_rms_norm.default") == 1
-    assert not [name for name in names if "_c10d_functional" in name or "rsqrt" in name or "aten.add" in name]
+    assert fused.site.strategy == f"reference.{ADD}"
+    (decision,) = (each for each in fused.site.decisions if each.strategy == "acme.add")
+    assert f"placing acme.add raised {type(error).__name__}" in str(decision.reasons[0])
     torch.testing.assert_close(fused.results, add_then(norm)(*given))
-    node = next(n for n in fused.graphs[0].nodes if n.meta.get(PROVENANCE))
-    assert node.meta[PROVENANCE] == "acme.add"
-    assert node.meta["val"][0].shape == given[0].shape
 
 
 def test_an_operator_that_a_function_calls_is_not_in_the_graph_itself(monkeypatch: Any) -> None:
@@ -193,7 +215,7 @@ def test_a_dry_run_changes_nothing_and_says_what_it_would_do() -> None:
         before = describe(graph)
         found.append((own.run(graph), before == describe(graph)))
 
-    from fusion_core._inductor import CustomGraphPass, post_grad_only
+    from fusion_core._torch.inductor import CustomGraphPass, post_grad_only
 
     class Look(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
@@ -238,14 +260,6 @@ def test_a_residual_that_comes_after_a_use_of_the_sum_is_moved_up(monkeypatch: A
     fused = fuse(model, *given)
     assert fused.site.strategy == f"reference.{ADD}"
     torch.testing.assert_close(fused.results, model(*given), rtol=0.02, atol=0.02)
-
-
-def graph_of(function: Any, *shapes: tuple[int, ...]) -> tuple[fx.Graph, list[torch.Tensor]]:
-    """A graph as operators were called, with what functionalisation would have taken out: in-place collectives, writes."""
-    mode = FakeTensorMode()
-    with mode:
-        inputs = [torch.empty(shape) for shape in shapes]
-    return make_fx(function)(*inputs).graph, inputs
 
 
 def test_an_in_place_all_reduce_of_a_value_of_its_own_is_a_site(one_rank: str) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grimp
+import networkx
 import pytest
 
 import fusion_core
@@ -30,6 +32,7 @@ def test_no_kernel_library_and_no_compiler_comes_along(statement: str) -> None:
     brought = modules_after(statement)
     assert "fusion_core" in brought
     assert brought.isdisjoint({"flashinfer", "aiter", "torch._inductor.compile_fx", "torch._dynamo", "triton"})
+    assert "sympy" not in brought, "its import takes a third of the time of torch's"
 
 
 def test_the_check_above_can_fail() -> None:
@@ -47,11 +50,13 @@ def test_every_public_name_is_there() -> None:
 PUBLIC = {
     "fusion_core.dynamo": ["fusion_core"],
     "fusion_core.ops": ["all_reduce_add_rms_norm"],
+    "fusion_core.patterns": ["CORE_PATTERNS"],
     "fusion_core.patterns.plain": ["all_reduce"],
     "fusion_core.testing": ["example_site", "sides", "subjects"],
     "fusion_core.testing.conformance": ["CHECKS"],
     "fusion_core.vocabulary": ["add", "all_reduce", "operation", "rms_norm"],
     "fusion_core.workers": ["WorkerError", "WorkerPool"],
+    "fusion_core.workspaces": ["Call", "Exchange", "Provider", "Workspace", "Workspaces", "register_operator"],
 }
 """Module → names, besides those of `fusion_core` itself: what documentation, examples and entry points name."""
 
@@ -87,3 +92,15 @@ def _key(package: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "__file__", str(module))
         return sources.core_sources.__wrapped__()
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports for types alone, and those inside functions, are imports too: who reads a module reads what it imports."""
+    packages = ("fusion_core", "fusion_reference", "fusion_flashinfer", "fusion_aiter")
+    imports = grimp.build_graph(*packages, cache_dir=None)
+    edges = [
+        (module, other) for module in imports.modules for other in imports.find_modules_directly_imported_by(module)
+    ]
+    assert len(edges) > 500
+    circles = networkx.strongly_connected_components(networkx.DiGraph(edges))
+    assert [sorted(circle) for circle in circles if len(circle) > 1] == []

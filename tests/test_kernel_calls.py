@@ -20,8 +20,15 @@ def two() -> Iterator[WorkerPool]:
         yield pool
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed sizes", "dynamic sizes"])
-@pytest.mark.parametrize("whole", [False, True], ids=["the post-grad graph", "the whole of Inductor"])
+@pytest.mark.parametrize(
+    ("whole", "dynamic"),
+    [
+        pytest.param(False, False, id="the post-grad graph-fixed sizes"),
+        pytest.param(False, True, id="the post-grad graph-dynamic sizes", marks=pytest.mark.nightly),
+        pytest.param(True, False, id="the whole of Inductor-fixed sizes", marks=pytest.mark.nightly),
+        pytest.param(True, True, id="the whole of Inductor-dynamic sizes"),
+    ],
+)
 def test_kernels_run_where_all_ranks_run_one_graph(two: WorkerPool, whole: bool, dynamic: bool) -> None:
     for found in two.run(jobs.alike, whole, dynamic):
         assert max(found.errors) < EXACT

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 import fusion_core
-from fusion_core import ConfigError, FusionConfig, FusionPass, Report, fell_back, run_time
+from fusion_core import ConfigError, FusionConfig, FusionPass, Report, fallback, fell_back
 from fusion_core.decision import Choice
 from fusion_core.plugins.fingerprint import fingerprint
 from fusion_core.reason import Reason
@@ -90,7 +90,7 @@ def test_the_environment_says_how_many_and_no_cached_graph_depends_on_it(monkeyp
 
 
 def test_a_site_that_picks_by_size_says_which_of_its_strategies_runs_unfused(monkeypatch: Any) -> None:
-    monkeypatch.setattr(run_time, "_fallen_back", {})
+    monkeypatch.setattr(fallback, "_fallen_back", {})
     choices = (Choice(1, "acme.few"), Choice(100, "acme.many"), Choice(1000, None))
     attributes = {"inputs": {"x": "bfloat16[s0, 64]"}, "live": {}, "group": "0", "world_size": 2}
     report = Report(sites=(SiteReport("all_reduce", "acme.few", "all_reduce", attributes, (), choices),), device="cpu")

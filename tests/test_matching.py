@@ -70,7 +70,7 @@ def test_an_empty_chain_that_changes_shape_with_a_size_known_only_at_run_time_is
     fused = fuse(two_views, x, r, w)
     late = next(d for d in fused.site.decisions if d.strategy == f"reference.{ADD}")
     assert late.stage is Stage.REPLACEMENT
-    assert "a symbolic size beside a 0" in str(late.reasons[0])
+    assert "a symbolic size next to a 0" in str(late.reasons[0])
 
 
 def test_a_chain_that_changes_shape_with_two_sizes_known_only_at_run_time_is_refused() -> None:

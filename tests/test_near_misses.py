@@ -114,25 +114,26 @@ MISSES: dict[str, tuple[Model, list[list[str]]]] = {
         [[f"{ADD}: add is followed by nan_to_num, needs rms_norm of it"]],
     ),
     "two norms of one sum": (two_norms, [[]]),
-    "half a residual": (
-        lambda x, r, w: norm(reduce(x) + 0.5 * r, w),
-        [[f"{ADD}: one side of add is scaled by 0.5, needs the sum as it is"]],
+    "half a residual": (lambda x, r, w: norm(reduce(x) + 0.5 * r, w), [[]]),
+    "half an all_reduce": (
+        lambda x, r, w: norm(0.5 * reduce(x) + r, w),
+        [[f"{ADD}: the all_reduce's side of add is scaled by 0.5, needs the sum as it is"]],
     ),
     "several layers": (
         scaled_twice,
         [
-            [f"{ADD}: one side of add is scaled by 0.5, needs the sum as it is"],
+            [f"{ADD}: the all_reduce's side of add is scaled by 0.5, needs the sum as it is"],
             [f"{PLAIN}: all_reduce is followed by clamp, needs add or rms_norm of it"],
             [],
         ],
     ),
     "the end of the model": (
         dead_end,
-        [[f"{ADD}: the graph ends here, behind add: the model's code does too, needs rms_norm of it"]],
+        [[f"{ADD}: the graph ends here, after add, as does the model's code, needs rms_norm of it"]],
     ),
     "nothing but the sum": (
         lambda x, r, w: reduce(x),
-        [[f"{PLAIN}: the graph ends here, behind all_reduce: the model's code does too, needs add or rms_norm of it"]],
+        [[f"{PLAIN}: the graph ends here, after all_reduce, as does the model's code, needs add or rms_norm of it"]],
     ),
 }
 
@@ -152,8 +153,8 @@ def broken(x: Tensor, r: Tensor, w: Tensor) -> Any:
 
 
 BREAK = (
-    f"{ADD}: the graph ends here (graph break), behind add, needs rms_norm of it; "
-    "Dynamo says: Call to `torch._dynamo.graph_break()`; TORCH_LOGS=graph_breaks says where"
+    f"{ADD}: the graph ends here (graph break), after add, needs rms_norm of it; "
+    "Dynamo reports: Call to `torch._dynamo.graph_break()`; TORCH_LOGS=graph_breaks shows where"
 )
 
 
@@ -189,4 +190,4 @@ def test_a_pass_that_inductor_runs_by_itself_knows_only_that_the_graph_ends() ->
     with torch.no_grad():
         torch.compile(dead_end, fullgraph=True, options=options)(*tensors())
     (report,) = fusion_core.reports()[before:]
-    assert [said(site) for site in report.sites] == [[f"{ADD}: the graph ends here, behind add, needs rms_norm of it"]]
+    assert [said(site) for site in report.sites] == [[f"{ADD}: the graph ends here, after add, needs rms_norm of it"]]

@@ -20,7 +20,8 @@ def given(one_rank: str) -> dict[str, Any]:
 
 
 def arguments(pattern: Any, given: dict[str, Any]) -> dict[str, Any]:
-    extra = {"scale": torch.tensor(0.01), "global_scale": torch.tensor(100.0)}
+    extra = {"scale": torch.tensor(0.01), "global_scale": torch.tensor(100.0), "post_eps": 1e-3}
+    extra |= {"post_weight": given["weight"].flip(0), "y": given["residual"], "y_weight": given["weight"].flip(0)}
     return {name: value for name, value in {**given, **extra}.items() if name in pattern.parameters}
 
 

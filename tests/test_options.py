@@ -13,8 +13,8 @@ from fusion_core.dispatch.by_tokens import Plan
 from fusion_core.patterns.plain import all_reduce
 from fusion_core.vocabulary import add
 from fusion_core.vocabulary import all_reduce as reduced
+from tests.acme import KERNEL, acme, opaque
 from tests.support.graphs import REFERENCE, fuse, plugin, registry
-from tests.test_emission import KERNEL, acme, opaque
 from tests.test_matching import ADD, add_then, norm, reduce, tensors
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -107,12 +107,8 @@ def test_an_impl_that_takes_max_tokens_gets_the_users_as_a_constant_of_the_graph
     config = FusionConfig(max_tokens=capacity)
     x = torch.ones(4)
     fused = fuse(reduce, x, using=registry(point, config=config))
-    if impl is sized:
-        (node,) = (n for n in fused.graphs[0].nodes if n.target is torch.ops.fusion_core_tests.sized.default)
-        assert [*node.args, *node.kwargs.values()][-1] == capacity
-    else:  # operators that a function calls may not be there yet in a process that takes the graph from the cache
-        (node,) = (n for n in fused.graphs[0].nodes if n.target is torch.ops.fusion_core.by_tokens_1.default)
-        assert Plan.of(node.args[2]).settings == {"acme.sized": {"max_tokens": capacity}}
+    (node,) = (n for n in fused.graphs[0].nodes if n.target is torch.ops.fusion_core.by_tokens_1.default)
+    assert Plan.of(node.args[2]).settings == {"acme.sized": {"max_tokens": capacity}}
     assert fused.results.tolist() == [capacity or 1] * 4
     eager_uses(point)
     assert ops.all_reduce(x, config=config).tolist() == [capacity or 1] * 4

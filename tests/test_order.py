@@ -12,9 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fusion_core import FusionPass
 from fusion_core.emit.pairing import is_collective
 from fusion_core.lift.collectives import TARGETS
+from tests.acme import KERNEL, acme, opaque
 from tests.corpus.case import ADD, N, norm, reduce
 from tests.support.graphs import REFERENCE, fuse, registry
-from tests.test_emission import KERNEL, acme, opaque
 
 c10d = torch.ops._c10d_functional
 

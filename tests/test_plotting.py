@@ -3,8 +3,9 @@ import re
 
 import pytest
 
-from fusion_core import ConfigError, plotting
-from fusion_core.plotting import Bar, Line, Panel, bars, check_can_save, save, svg
+from fusion_core import ConfigError
+from fusion_core.cli import plotting
+from fusion_core.cli.plotting import Bar, Line, Panel, bars, check_can_save, save, svg
 
 
 def drawn(*rows, **more):

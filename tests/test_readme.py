@@ -4,13 +4,36 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from examples.huggingface import small_model
 from fusion_core import FusionConfig, Registry
 from fusion_core.plugins.support_table import support_table
+from fusion_core.workers import WorkerPool
+from tests.models import programs
 
 ROOT = Path(__file__).parent.parent
+PROGRAM = ROOT / "examples" / "hugging_face.py"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def in_workers(model: Path) -> str:
+    with WorkerPool(2, timeout=400.0) as pool:
+        eager = pool.run(programs.run, PROGRAM, [str(model)], True)[0]
+        fused = pool.run(programs.run, PROGRAM, [str(model)])[0]
+    assert fused.splitlines()[0] == eager.splitlines()[0]  # the same words as without fusion
+    return fused
+
+
+def by_torchrun(model: Path) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--local-ranks-filter", "0", str(PROGRAM), str(model)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
 
 def blocks(language: str) -> list[str]:
@@ -18,7 +41,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_first_program_is_the_example_that_runs() -> None:
-    assert blocks("python")[0] == (ROOT / "examples" / "hugging_face.py").read_text(encoding="utf-8")
+    assert blocks("python")[0] == PROGRAM.read_text(encoding="utf-8")
 
 
 def test_the_support_table_is_printed_from_the_requirements() -> None:
@@ -48,24 +71,18 @@ def test_links_lead_to_files() -> None:
         assert (ROOT / target).exists(), target
 
 
-def test_the_first_program_prints_the_report_that_the_readme_shows(tmp_path: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "examples" / "hugging_face.py"), str(tmp_path / "model")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
-    assert ran.returncode == 0, ran.stderr
-    (report,) = blocks("text")
-    assert report.splitlines()[:7] == ran.stdout[ran.stdout.index("fusion_core:") :].splitlines()[:7]
+@pytest.mark.parametrize(
+    "start",
+    # torchrun starts two interpreters; the pool forks its workers, which have made their imports
+    [in_workers, pytest.param(by_torchrun, marks=pytest.mark.nightly)],
+)
+def test_the_first_program_prints_what_the_readme_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Callable[[Path], str]
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    small_model.save(tmp_path / "model")
+    printed = start(tmp_path / "model").splitlines()
+    shown = blocks("text")[0].splitlines()
+    assert printed[:8] == shown[:8]

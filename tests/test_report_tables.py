@@ -13,7 +13,7 @@ from torch.distributed import _functional_collectives as funcol
 import fusion_core
 from fusion_core import Device, FusionConfig, Report, fusion_pass
 from tests.support.graphs import fuse
-from tests.test_by_tokens import acme, few, given, model, table
+from tests.token_counts import acme, few, given, model, table
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -189,8 +189,8 @@ CASES: list[tuple[Requirement, list[Site], list[tuple[Site, str]], str]] = [
         [
             (
                 with_x((ShapeEnv().create_unbacked_symint(), 64)),
-                "x has the run-time size u0, needs fixed sizes: where it gets too large for the kernel, this "
-                "quantisation takes several others; torch.compile(dynamic=False)",
+                "x has the run-time size u0, needs fixed sizes: above the kernel's capacity its operator is slower than "
+                "what Inductor compiles; torch.compile(dynamic=False)",
             )
         ],
         "fixed sizes of x",

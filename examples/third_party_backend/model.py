@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 def run(size: int = 64) -> float:
-    """The largest difference that compiling makes."""
+    """The largest difference between the compiled and the eager model."""
     torch.manual_seed(dist.get_rank())
     block = Block(size, dist.get_world_size())
     tensors = torch.ones(4, size), torch.linspace(-1, 1, 4 * size).view(4, size)
@@ -44,5 +44,5 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         print(fusion_core.last_report())
         print(f"\nlargest difference to the model without fusion: {difference:.1e}")
-    dist.barrier()  # a gloo thread still busy with the last all_reduce would crash in an interpreter that is ending
+    dist.barrier()  # a gloo thread that is still running the last all_reduce would crash while the interpreter exits
     dist.destroy_process_group()

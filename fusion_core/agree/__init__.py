@@ -1,1 +1,1 @@
-"""What the ranks of a group compare, through the store of the group."""
+"""Agreement between the ranks of a process group, through the group's store."""

@@ -1,12 +1,12 @@
-"""Ranks of one process group agree through the group's store, with a time limit: no collective, so no hang.
+"""Agreement between a process group's ranks through its store, with a time limit: no collective, so no hang.
 
-What ranks cannot know alone (has the library loaded everywhere, did the workspace come up everywhere) is exchanged
-here. A rank that fails or never comes makes all others reach the same outcome, each within the time limit.
+Ranks exchange here what no rank can know alone: whether every rank has loaded the library, whether every rank has its
+workspace. If a rank fails or never arrives, all others reach the same outcome, each within the time limit.
 
-Each step has one outcome, which is one atomic write. Who is interrupted in a step and takes it again, with the same
-`Agreement` or another one of the same subject, finds what stands there. Where a rank's own store fails, it ends with a
-reason if the others cannot have seen that it came, since they will do without it; else it cannot know what they
-settled, and `NoAgreement` is raised.
+Each step has one outcome, written atomically. A rank that is interrupted in a step and repeats it, with the same
+`Agreement` or another one of the same subject, finds the stored outcome. If a rank's own store fails before the others
+can have seen this rank, the step ends with a reason: the others will go on without it. If the store fails later, the
+rank cannot know what the others agreed on, and `NoAgreement` is raised.
 """
 
 from __future__ import annotations
@@ -23,49 +23,47 @@ from typing import Any
 
 import torch.distributed as dist
 
+from fusion_core._json.values import parse
 from fusion_core.agree.group_store import CODE, GroupStore, NoAgreement, group_store
+from fusion_core.errors import BackendError
 from fusion_core.reason import Reason
 
 __all__ = ["Agreement", "NoAgreement", "disagreement"]
 
 ABANDONED = "abandoned"
 POLL = 0.005
-"""Seconds between two looks at the store. A store that blocked instead would keep out this process's other threads."""
+"""Seconds between two polls of the store. A blocking call would keep out this process's other threads."""
 PATIENCE = 30.0
-"""Seconds after which one that still waits says for whom."""
+"""Seconds after which a rank that still waits warns and names the ranks that it waits for."""
 
 
 UNREADABLE = object()
-"""In place of a value that is no JSON."""
+"""In place of a value that is not JSON."""
 
 
 def plain(text: bytes) -> Any:
-    """A value of plain JSON types that another rank wrote; `UNREADABLE` where it is none."""
+    """A value of plain JSON types that another rank wrote; `UNREADABLE` if it is not JSON."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse(text)
+    except ValueError:
         return UNREADABLE
 
 
 def reason_of(text: bytes) -> Reason:
-    """The reason that another rank wrote; one that says so where it cannot be read."""
-    given = plain(text)
+    """The reason that another rank wrote; if it cannot be read, a reason that reports this."""
     try:
-        found = Reason(**given)
-    except TypeError:
-        found = None
-    if found is None or not all(isinstance(value, str) for value in (found.code, found.found, found.needs, found.hint)):
+        return Reason(**plain(text))
+    except (TypeError, BackendError):  # not an object, unknown names, values that are not text
         return Reason(CODE, "a rank gave a reason that cannot be read", "the same fusion_core on every rank")
-    return found
 
 
 class Waiting:
     """One wait for other ranks.
 
     Args:
-        subject: What for, as a phrase.
+        subject: What the wait is for, as a phrase.
         end: When it ends, by `time.monotonic`.
-        absent: Gives the names of the ranks that are waited for.
+        absent: Returns the names of the ranks that have not arrived.
     """
 
     def __init__(self, subject: str, end: float, absent: Callable[[], Sequence[object]]) -> None:
@@ -74,16 +72,16 @@ class Waiting:
         self._silent = True
 
     def over(self, limit: float) -> Reason | None:
-        """Wait a little; why no longer, where the time is over.
+        """Wait briefly. Returns the reason to stop waiting, or None to go on.
 
         Args:
-            limit: The whole time in seconds, for the message.
+            limit: The whole time limit in seconds, for the message.
         """
         now = time.monotonic()
         if now > self._end:
             found = f"rank {self._names()} did not take part in {self._subject} within {timedelta(seconds=limit)}"
             return Reason(CODE, found, "every rank of the group to run the same graphs in the same order")
-        if not threading.main_thread().is_alive():  # Python waits for its threads, and nobody for what they would find
+        if not threading.main_thread().is_alive():  # Python joins its threads at exit, and the result is not needed
             found = f"a process ended while it waited for rank {self._names()} in {self._subject}"
             return Reason(CODE, found, "every rank of the group to run the same graphs in the same order")
         if self._silent and now > self._start + PATIENCE:
@@ -98,23 +96,23 @@ class Waiting:
 
 
 class Agreement:
-    """The ranks of one group on one subject. Every rank must make the same calls in the same order.
+    """Agreement of one group's ranks on one subject. Every rank must make the same calls in the same order.
 
-    Also what FlashInfer calls a communication backend (``Get_rank``, ``Get_size``, ``allgather``, ``bcast``,
+    Also implements what FlashInfer calls a communication backend (``Get_rank``, ``Get_size``, ``allgather``, ``bcast``,
     ``barrier``), for libraries that exchange handles between ranks.
 
-    In a group without a store, where no rank can hear of another one, `outcome` and `collect` give the reason and
-    `gather` raises it, on all ranks alike.
+    In a group without a store, ranks cannot exchange anything. `outcome` and `collect` then return the reason and
+    `gather` raises it, on every rank.
 
     Args:
         group: The process group.
-        subject: Says what is agreed on, in messages too; the same on all ranks, and new for each `Agreement`
-            between the same ranks that is not the same one tried again.
+        subject: What is agreed on, also used in messages. The same on all ranks, and new for each `Agreement` between
+            the same ranks, unless it retries an earlier one.
         timeout: Seconds that a step waits for the other ranks.
-        names: What the ranks are called in messages; None for their numbers in the group.
+        names: The names of the ranks in messages; None for their numbers in the group.
 
     Raises:
-        NoAgreement: where the group is destroyed, its store fails, or this process is a fork of the one that made it.
+        NoAgreement: if the group is destroyed, its store fails, or this process is a fork of the one that created it.
     """
 
     def __init__(
@@ -132,7 +130,7 @@ class Agreement:
         """The picklable values of all ranks, in rank order.
 
         Raises:
-            NoAgreement: where a rank's value does not come in time, or it has left; the reason names the ranks.
+            NoAgreement: if a value does not arrive in time, or a rank called `abandon`; the reason names the ranks.
         """
         store = self._needed()
         self._give(store, pickle.dumps(value))
@@ -144,29 +142,28 @@ class Agreement:
         return [self._loaded(rank, value) for rank, value in enumerate(values)]
 
     def abandon(self, reason: Reason) -> None:
-        """Have the `gather` of every rank that still waits for this one raise `NoAgreement` at once."""
+        """Make the `gather` of every rank that still waits for this one raise `NoAgreement` at once."""
         if self._store is not None:
             self._store.set(ABANDONED, json.dumps(self._ours(reason).to_dict()))
 
     def outcome(self, failure: Reason | NoAgreement | None) -> Reason | None:
-        """None where no rank has a failure; else the first failure that a rank reported, the same one on all ranks.
+        """None if no rank has a failure; else the first failure that a rank reported, the same one on all ranks.
 
-        A `NoAgreement` is what this rank heard of another one, and is handed on as it stands: the reason names the rank
-        that failed, whoever is here first.
+        A `NoAgreement` already names the rank that failed. It is passed on unchanged, whichever rank reports it first.
 
-        A rank that does not report in time is a failure too. Whoever is first to know settles the outcome in one
-        atomic write, so that a late rank cannot come to another one.
+        A rank that does not report in time is a failure too. The first rank that finds this out writes the outcome
+        atomically, so that a late rank cannot reach another one.
 
         Raises:
-            NoAgreement: where the store fails once the others know that this rank came, or where this rank has a
-                failure now and had none when it was interrupted in the same step.
+            NoAgreement: if the store fails once the others have seen this rank, or if this rank has a failure now and
+                had none when it was interrupted in the same step.
         """
         if self._store is None:
             return self._storeless
         reason = failure.reason if isinstance(failure, NoAgreement) else failure and self._ours(failure)
         settled = None
         try:
-            if reason is not None:  # before the others can see this rank: they would settle that all agree
+            if reason is not None:  # before the others can see this rank: they would decide that all agree
                 settled = self._settle(self._store, reason)
             self._give(self._store, b"here")
         except NoAgreement as error:
@@ -181,12 +178,12 @@ class Agreement:
         return found
 
     def publish(self, value: Any) -> None:
-        """Give a value of plain JSON types to a `collect` that follows; does not wait."""
+        """Publish a value of plain JSON types for the `collect` that follows. Does not wait."""
         if self._store is not None:
             self._give(self._store, json.dumps(value).encode())
 
     def collect(self, end: float | None = None) -> list[Any] | Reason:
-        """What every rank published, in rank order; a reason, the same on all ranks, where one did not in time.
+        """The values that all ranks published, in rank order; a reason, the same on all ranks, if one is late.
 
         Args:
             end: When waiting ends, by `time.monotonic`; None for the time limit from now on.
@@ -217,7 +214,7 @@ class Agreement:
         return [f"{self._step}/{rank}" for rank in range(self.size)]
 
     def _give(self, store: GroupStore, value: bytes) -> None:
-        """Write this rank's value of the step; one that was there before it was interrupted remains: others have it."""
+        """Write this rank's value of the step. A value from before an interruption stays: others may have read it."""
         key = self._keys()[self.rank]
         if not store.check([key]):
             store.set(key, value)
@@ -235,24 +232,24 @@ class Agreement:
             raise NoAgreement(Reason(CODE, found, "the same libraries on every rank")) from error
 
     def _decide(self, store: GroupStore, end: float | None = None, *, may_leave: bool = False) -> Reason | None:
-        """Wait for the values of all ranks or for the decision; the one that is there in the end.
+        """Wait for the values of all ranks or for a decision. Returns the stored decision: a reason, or None.
 
         Args:
-            store: Where.
+            store: The group's store, or the part of it for this subject.
             end: When waiting ends, by `time.monotonic`; None for the time limit from now on.
-            may_leave: Whether the wait ends where a rank has left by `abandon`.
+            may_leave: Whether the `abandon` of a rank ends the wait.
         """
         keys, decision = self._keys(), f"{self._step}/decision"
         left = [ABANDONED] if may_leave else []
         problem = self._wait(
             lambda: store.check([decision]) or store.check(keys) or (may_leave and store.check(left)), end, store
         )
-        if problem is None and not store.check(keys) and may_leave and (said := store.get(ABANDONED)):
-            problem = reason_of(said)
+        if problem is None and not store.check(keys) and may_leave and (text := store.get(ABANDONED)):
+            problem = reason_of(text)
         return self._settle(store, problem)
 
     def _settle(self, store: GroupStore, failure: Reason | None) -> Reason | None:
-        """Write the outcome unless there is one; what is there then."""
+        """Write the outcome if none exists (compare-and-set). Returns the stored outcome."""
         text = "agreed" if failure is None else json.dumps(failure.to_dict())
         settled = store.compare_set(f"{self._step}/decision", "", text)
         return None if settled == b"agreed" else reason_of(settled)
@@ -261,7 +258,7 @@ class Agreement:
         return replace(reason, found=f"rank {self.rank}: {reason.found}")
 
     def _wait(self, done: Callable[[], bool], end: float | None, store: GroupStore) -> Reason | None:
-        """Wait until it is done; why it is not in the end."""
+        """Wait until ``done`` returns true. Returns the reason if the wait ends before that."""
         end = time.monotonic() + self.timeout if end is None else end
         waiting = Waiting(self.subject, end, lambda: self._absent(store))
         while not done():
@@ -289,17 +286,17 @@ class Agreement:
         return self.gather(data if self.rank == root else None)[root]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait for every rank."""
         self.gather(None)
 
 
 def disagreement(ranks: Sequence[dict[str, Any]], same: Sequence[str], needs: str) -> Reason | None:
-    """Why ranks cannot share memory between their GPUs, by the facts that each of them gave.
+    """The reason why ranks cannot share memory between their GPUs, from the facts of each rank; None if they can.
 
     Args:
-        ranks: The facts of each rank, among them ``host`` and ``gpu`` (None where there is none).
-        same: Names of facts that must be equal.
-        needs: What would do where one of these is not, as a phrase.
+        ranks: The facts of each rank, among them ``host`` and ``gpu`` (None without a GPU).
+        same: Names of the facts that must be equal.
+        needs: What is needed where one of these differs, as a phrase.
     """
     for name in same:
         values = [rank[name] for rank in ranks]

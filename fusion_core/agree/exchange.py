@@ -1,10 +1,10 @@
-"""What the ranks of one group tell each other of themselves, in whatever order each of them asks.
+"""The exchange of facts between the ranks of one group. Each rank may ask in its own order.
 
-A rank publishes its facts under their hash; it waits for nobody. To settle what the ranks have in common by some facts
-of its own, it needs to know of each other rank that it has the same, and has published them, or that it has others, and
-waits here with them. What is settled is a line in a log that the ranks share. A line has one hash for each rank and is
-one atomic write at the log's end. It settles these hashes for all ranks and for good. So it does not matter in which
-order ranks ask, who is interrupted and asks again, or who asks for something that the others never do.
+A rank publishes its facts under their hash, without waiting. To agree on some facts of its own, it needs to know one of
+two things of each other rank: that it has published the same facts, or that it has others and waits here with them. The
+outcome is a line in a log that the ranks share. A line has one hash for each rank and is one atomic write at the log's
+end. It is the outcome for these hashes, on all ranks and for good. So ranks may ask in any order, ask again after an
+interruption, and ask about facts that the others never ask about.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from fusion_core._json import shapes
 from fusion_core.agree.agreement import UNREADABLE, Waiting, plain, reason_of
 from fusion_core.agree.group_store import GroupStore, NoAgreement
 from fusion_core.reason import Reason
 
 SUBJECT = "the exchange of facts"
 MOMENT = 1.0
-"""Seconds after which a rank that waits is stuck: the others may wait for this one, in other groups."""
+"""Seconds after which a rank that waits counts as stuck: the others may wait for this one, in other groups."""
+
+
+_TEXTS = shapes.listed(shapes.text)
+_LINE = shapes.names_with(hashes=shapes.listed(shapes.text_or_none), reason=shapes.anything)
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,8 @@ class Line:
     """One outcome.
 
     Attributes:
-        hashes: Of the facts that each rank has; None for one that did not take part.
-        reason: Why the ranks have nothing in common; None where all took part.
+        hashes: The hash of each rank's facts; None for a rank that did not take part.
+        reason: Why the ranks have not agreed; None if all took part.
     """
 
     hashes: tuple[str | None, ...]
@@ -41,14 +46,12 @@ class Line:
 
     @classmethod
     def of(cls, text: bytes, size: int) -> Line:
-        """A line of so many ranks as it is written; an empty one where another release wrote it otherwise."""
+        """The line of ``size`` ranks that a text contains; an empty line if another release wrote another form."""
         given = plain(text)
-        hashes, reason = (given.get("hashes"), given.get("reason")) if isinstance(given, dict) else (None, None)
-        if not isinstance(hashes, list) or len(hashes) != size:
+        if _LINE(given) or len(given["hashes"]) != size:
             return cls((), None)
-        if not _is_list_of_text([each for each in hashes if each is not None]):
-            return cls((), None)
-        return cls(tuple(hashes), None if reason is None else reason_of(json.dumps(reason).encode()))
+        reason = given["reason"]
+        return cls(tuple(given["hashes"]), None if reason is None else reason_of(json.dumps(reason).encode()))
 
     def __str__(self) -> str:
         return json.dumps({"hashes": self.hashes, "reason": None if self.reason is None else self.reason.to_dict()})
@@ -59,7 +62,7 @@ class Exchange:
 
     Args:
         store: The group's store.
-        names: What the ranks are called in messages.
+        names: The names of the ranks in messages.
     """
 
     def __init__(self, store: GroupStore, names: Sequence[object]) -> None:
@@ -73,14 +76,14 @@ class Exchange:
         self._lock = threading.Lock()
 
     def publish(self, hash_: str, facts: Any) -> None:
-        """Tell the other ranks what this one has; does not wait.
+        """Publish this rank's facts to the other ranks. Does not wait.
 
         Args:
-            hash_: Of the facts: equal on ranks that have the same.
-            facts: Of plain JSON types.
+            hash_: The hash of the facts: equal on ranks with equal facts.
+            facts: A value of plain JSON types.
 
         Raises:
-            NoAgreement: where the store fails. No rank has the facts then.
+            NoAgreement: if the store fails. No rank has the facts then.
         """
         if hash_ not in self._published:
             self._store.set(f"facts/{self._rank}/{hash_}", json.dumps(facts))
@@ -92,17 +95,17 @@ class Exchange:
         """The outcome for facts that were published here.
 
         Args:
-            hash_: Of these facts.
+            hash_: The hash of these facts.
             end: When waiting ends, by `time.monotonic`.
-            limit: The whole time in seconds, for the message.
-            stuck: Called once where another rank makes this one wait longer than a moment.
+            limit: The whole time limit in seconds, for the message.
+            stuck: Called once if another rank makes this one wait longer than `MOMENT`.
 
         Returns:
-            None where all ranks have these facts; what each rank has, by rank, where they differ (`UNREADABLE` where it
-            is no JSON); a reason where a rank did not take part.
+            None if all ranks have these facts; the facts of each rank, by rank, if they differ (`UNREADABLE` for facts
+            that are not JSON); a reason if a rank did not take part.
 
         Raises:
-            NoAgreement: where the store fails: the others may have settled anything.
+            NoAgreement: if the store fails: the outcome of the others is then unknown.
         """
         line = self._line(hash_) or self._step(hash_, None)
         if line is None:
@@ -129,8 +132,8 @@ class Exchange:
         return [name for name, each in zip(self._names, self._hashes(hash_), strict=True) if each is None]
 
     def _step(self, hash_: str, problem: Reason | None) -> Line | None:
-        """Write a line for this hash where all ranks took part, or where there is a problem; the one there is then."""
-        number = self._lines  # of the first line that may be written: what is read below is of this moment, or later
+        """Write a line for this hash if all ranks took part or there is a problem. Returns the hash's line, if any."""
+        number = self._lines  # of the next line, taken first: the hashes below are then no older than the log
         hashes = self._hashes(hash_)
         if problem is None and None in hashes:
             return None
@@ -139,7 +142,7 @@ class Exchange:
         return self._line(hash_)
 
     def _line(self, hash_: str) -> Line | None:
-        """The line that settles a hash, where there is one."""
+        """The line that is the outcome for a hash, or None."""
         while (found := self._settled.get(hash_)) is None:
             number = self._lines
             if (text := self._store.get(f"log/{number}")) is None:
@@ -154,20 +157,20 @@ class Exchange:
         return found
 
     def _hashes(self, hash_: str) -> list[str | None]:
-        """What each rank has, as far as it can be known by now."""
+        """The hash of each rank's facts; None where it is not known yet."""
         return [hash_ if rank == self._rank else self._of(rank, hash_) for rank in range(self._size)]
 
     def _of(self, rank: int, hash_: str) -> str | None:
-        """What another rank waits with here; else what it has published, if that is the same."""
+        """Another rank's hash: one that it waits with here, or this one if it has published that; else None."""
         asked = plain(self._store.get(f"asked/{rank}") or b"[]")
-        waits: list[str] = [each for each in asked if each not in self._settled] if _is_list_of_text(asked) else []
+        waits: list[str] = [each for each in asked if each not in self._settled] if not _TEXTS(asked) else []
         if waits and hash_ not in waits:
             return waits[0]
         return hash_ if self._store.check([f"facts/{rank}/{hash_}"]) else None
 
     @contextmanager
     def _asking(self, hash_: str) -> Iterator[None]:
-        """Let the others see that this rank waits with this."""
+        """Show the other ranks that this one waits with this hash."""
         try:
             with self._lock:
                 self._asked.append(hash_)
@@ -177,7 +180,3 @@ class Exchange:
             with self._lock, suppress(NoAgreement, ValueError):
                 self._asked.remove(hash_)
                 self._store.set(f"asked/{self._rank}", json.dumps(self._asked))
-
-
-def _is_list_of_text(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)

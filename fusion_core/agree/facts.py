@@ -1,4 +1,4 @@
-"""What a rank's choices rest on, as plain values that other ranks can compare with theirs."""
+"""The facts that a rank's choices depend on, as plain values that other ranks compare with theirs."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from fusion_core.site import Device
 
 SAME = "the same on every rank"
 _MAY_DIFFER = ("strict", "table", "reports")
-"""Fields in which configurations may differ: they change no graph, or name what is compared itself."""
+"""Fields in which configurations may differ: they change no graph, or what they name is compared instead."""
 
 Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What the ranks of a group have in common, told by what they have not.
+class RankDifferences:
+    """The differences between a group's ranks. Whatever is not listed is the same on all of them.
 
     Attributes:
-        whole: Why nothing is fused in the group and nothing merged; empty where something may be.
-        backends: Backends that no rank uses there → why.
-        table: Why no rank uses a tuning table there.
-        merging: Why nothing is merged there, where that is all.
+        whole: Why nothing in the group is fused or merged; empty if something may be.
+        backends: Backends that no rank of the group uses → why.
+        table: Why no rank of the group uses a tuning table; None if ranks may.
+        merging: Why nothing in the group is merged, if only that is ruled out; None if all_reduces may be merged.
     """
 
     whole: tuple[Reason, ...] = ()
@@ -45,13 +45,13 @@ class Ground:
 
     @property
     def reasons(self) -> tuple[Reason, ...]:
-        """Every difference; where nothing is fused, the rest matters no more."""
+        """Every difference; if nothing is fused, only the reasons for that."""
         rest = (*self.backends.values(), self.table, self.merging)
         return self.whole or tuple(reason for reason in rest if reason is not None)
 
 
-def facts(registry: Registry, device: Device) -> dict[str, Any]:
-    """All that choices of this process rest on but the tuning table, as plain JSON types."""
+def rank_facts(registry: Registry, device: Device) -> dict[str, Any]:
+    """The facts that choices of this process depend on, without the tuning table, as plain JSON types."""
     config = registry.config
     devices = dict.fromkeys((device, Device("cpu")))
     loaded = {
@@ -88,83 +88,85 @@ def _short(value: object) -> str:
 
 
 def digest(given: Facts) -> str:
-    """A hash of all in facts that ranks compare, but the tuning table: equal where nothing differs."""
+    """A hash of the facts that ranks compare, without the tuning table: equal on ranks that do not differ."""
     backends = {name: {**entry, "unavailable": _usable(entry)} for name, entry in given["backends"].items()}
     return hashlib.sha256(json.dumps({**given, "backends": backends}, sort_keys=True).encode()).hexdigest()
 
 
-def compare(ranks: Sequence[Any], names: Sequence[object]) -> Ground:
-    """What ranks have in common.
+def compare(ranks: Sequence[Any], names: Sequence[object]) -> RankDifferences:
+    """The differences between ranks.
 
     Args:
-        ranks: The facts of each rank, with its ``table`` beside those of `facts`: fingerprint, None for no table, and
-            where it comes from. Those of another release may be anything.
-        names: What to call the ranks in reasons.
+        ranks: The facts of each rank: those of `rank_facts`, and ``table``, the table's fingerprint (None for no table)
+            and origin. Facts of another release may have any shape.
+        names: The names of the ranks in reasons.
     """
     differ = _Comparison(tuple(names))
     nothing = "nothing is fused"
     if whole := [*differ(nothing, [_release(each) for each in ranks])]:  # another release may give other facts
-        return Ground(tuple(whole))
+        return RankDifferences(tuple(whole))
     for name, each in zip(names, ranks, strict=True):
         if problem := misshapen(each):
-            return Ground((Reason(CODE, f"{nothing}: rank {name} gave facts of another shape ({problem})", SAME),))
+            return RankDifferences(
+                (Reason(CODE, f"{nothing}: rank {name} gave facts of another shape ({problem})", SAME),)
+            )
     whole += differ(nothing, [each["torch"] for each in ranks], "has torch {}")
     whole += differ(nothing, [each["device"] for each in ranks], "runs on {}")
     for name in dict.fromkeys(name for each in ranks for name in each["config"]):
-        values = [_said(each["config"][name]) if name in each["config"] else "nothing" for each in ranks]
+        values = [_shown(each["config"][name]) if name in each["config"] else "nothing" for each in ranks]
         hint = f"give all ranks one FusionConfig and one {PREFIX}{name.upper()}"
         whole += differ(nothing, values, f"has {name}={{}}", hint)
     taken: dict[str, Reason] = {}
     for name in sorted({name for each in ranks for name in each["backends"]}):
         entries = [each["backends"].get(name) for each in ranks]
-        # whatever changes how graphs are read changes where others' strategies stand
+        # how a backend reads graphs decides which sites the others' strategies get
         whole += differ.reading(f"{nothing}, as {name} reads graphs", entries)
         if reason := next(differ.using(f"{name} is not used", entries), None):
             taken[name] = reason
     loaded = [any("failure" not in entry for entry in each["backends"].values()) for each in ranks]
     tables = [each["table"] for each in ranks]
-    said = [f"has {origin} ({print_[:12]})" if print_ else "has none" for print_, origin in tables]
-    table = next(differ("no tuning table is used", [print_ for print_, _ in tables], said=said), None)
+    words = [f"has {origin} ({fingerprint[:12]})" if fingerprint else "has none" for fingerprint, origin in tables]
+    table = next(differ("no tuning table is used", [fingerprint for fingerprint, _ in tables], words=words), None)
     merging = next(
         differ("nothing is merged", ["a backend" if some else "no backend" for some in loaded], "has {}"), None
     )
-    return Ground(tuple(whole), taken, table, merging)
+    return RankDifferences(tuple(whole), taken, table, merging)
 
 
 def _release(given: Any) -> str:
-    """What a rank says that it runs."""
+    """The release of fusion_core that a rank runs, as a phrase."""
     found = given.get("fusion_core") if isinstance(given, dict) else None
     return f"has fusion_core {found}" if isinstance(found, str) else "does not say which fusion_core it has"
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     return "(" + ", ".join(map(repr, value)) + ")" if isinstance(value, list) else repr(value)
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Says where ranks differ: the first one that has something else than the first of all."""
+    """Finds the first rank whose value differs from that of rank 0."""
 
     names: tuple[object, ...]
 
     def __call__(
-        self, what: str, values: Sequence[Any], has: str = "{}", hint: str = "", said: Sequence[str] | None = None
+        self, what: str, values: Sequence[Any], has: str = "{}", hint: str = "", words: Sequence[str] | None = None
     ) -> Iterator[Reason]:
-        words = [has.format(value) for value in values] if said is None else said
+        words = [has.format(value) for value in values] if words is None else words
         for name, value, word in zip(self.names, values, words, strict=True):
             if value != values[0]:
                 yield Reason(CODE, f"{what}: rank {name} {word}, rank {self.names[0]} {words[0]}", SAME, hint=hint)
                 return
 
     def reading(self, what: str, entries: Sequence[Any]) -> Iterator[Reason]:
-        """A backend that some rank reads graphs by, and that others do not have or have otherwise."""
+        """The differences in a backend that takes part in reading graphs on some rank."""
         if any(entry is not None and entry.get("reads") for entry in entries):
             yield from self._identity(what, entries)
 
     def using(self, what: str, entries: Sequence[Any]) -> Iterator[Reason]:
-        """A backend that some rank can use, and that others cannot or have otherwise."""
+        """The differences in a backend that some rank can use."""
         if any(_usable(entry) for entry in entries):
-            yield from self(what, [_usable(entry) for entry in entries], said=[_using(entry) for entry in entries])
+            yield from self(what, [_usable(entry) for entry in entries], words=[_using(entry) for entry in entries])
             yield from self._identity(what, entries)
 
     def _identity(self, what: str, entries: Sequence[Any]) -> Iterator[Reason]:
@@ -182,20 +184,20 @@ class _Comparison:
 
 
 def _loading(entry: Any) -> str:
-    """What a rank has of a backend."""
+    """Whether a rank has a backend, and which, as a phrase."""
     if entry is None:
         return "does not have it"
     return f"cannot load it ({entry['failure']})" if "failure" in entry else f"has {entry['is'] or 'it'}"
 
 
 def _usable(entry: Any) -> list[str]:
-    """The devices that a rank can use a backend on."""
+    """The devices on which a rank can use a backend."""
     unavailable = {} if entry is None else entry.get("unavailable", {})
     return [device for device, reasons in unavailable.items() if not reasons]
 
 
 def _using(entry: Any) -> str:
-    """What keeps a rank from using a backend, or what it has."""
+    """Why a rank cannot use a backend, or which one it has, as a phrase."""
     unavailable = {} if entry is None else entry.get("unavailable", {})
     reasons = [f"on {device} ({'; '.join(why)})" for device, why in unavailable.items() if why]
     return f"cannot use it {', '.join(reasons)}" if reasons else _loading(entry)

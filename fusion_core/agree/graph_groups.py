@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fusion_core._torch.tensors import FakeTensor, is_traceable_wrapper_subclass
 from fusion_core.groups import world_size
 from fusion_core.lift.dialects.vllm_groups import torch_groups
 
@@ -20,10 +19,10 @@ _PLAIN = frozenset((type(None), bool, int, float, torch.dtype, fx.Node, torch.Te
 
 
 def mentioned(graph_module: fx.GraphModule, inputs: Iterable[Any]) -> tuple[str, ...]:
-    """Names of the groups that a graph of Dynamo can communicate in, as far as it shows.
+    """Names of the groups that a Dynamo graph can communicate in, as far as the graph shows them.
 
-    By name, as functional collectives have them, or through a ProcessGroup, a DeviceMesh or a DTensor, as an input, a
-    constant or the value of a node; in nested graphs too.
+    A graph refers to a group by name, as functional collectives do, or through a ProcessGroup, a DeviceMesh or a
+    DTensor. These may be inputs, constants or values of nodes, in nested graphs too.
     """
     if not dist.is_available() or not dist.is_initialized():
         return ()
@@ -59,8 +58,8 @@ def _values(graph_module: fx.GraphModule, inputs: Iterable[Any]) -> Iterator[Any
 
 
 def _sources(value: Any) -> Iterator[Any]:
-    """What can name groups, in a value."""
-    value = getattr(value, "real_obj", value)  # of an opaque object that Dynamo has put a fake in the place of
+    """The parts of a value that can name groups."""
+    value = getattr(value, "real_obj", value)  # Dynamo puts a fake in place of an opaque object
     if isinstance(value, str | dist.ProcessGroup | DeviceMesh):
         yield value
     elif isinstance(value, torch.Tensor):

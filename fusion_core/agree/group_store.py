@@ -1,9 +1,9 @@
-"""The part of a process group's store that is this library's: of one group object, and of no fork.
+"""This library's part of a process group's store: one for each group object, and none for a fork.
 
-A group's name may come again in one store: torch counts names from the start once all groups are destroyed, and a
-launcher's store outlives the processes that it starts again. What an earlier group left there must not be read as a
-later one's. So ranks number the groups of a name in the store. A rank that meets a new group takes the newest number,
-or the next one where it had that already with an earlier group. How often a rank asks or tries again changes nothing.
+A group's name can occur twice in one store: torch restarts its count of names once all groups are destroyed, and a
+launcher's store outlives the processes that it restarts. A later group must not read what an earlier one left there. So
+ranks number the groups of a name in the store. A rank that meets a new group takes the newest number, or the next one
+if it used that number for an earlier group. Asking again, or trying again, changes no number.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
 
+from fusion_core._torch.distributed import PrefixStore, groups, store_of
 from fusion_core.errors import FusionError
 from fusion_core.reason import Reason
 
@@ -26,7 +26,7 @@ CODE = "agreement"
 
 
 class NoAgreement(FusionError):
-    """The ranks of a group did not all take part, with the reason."""
+    """Not all ranks of a group took part; ``reason`` is why."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(str(reason))
@@ -43,7 +43,7 @@ class GroupStore:
     Args:
         group: The process group.
         store: Its store.
-        prefix: What keys begin with in that store.
+        prefix: The start of each key in that store.
     """
 
     def __init__(self, group: dist.ProcessGroup, store: Any, prefix: str) -> None:
@@ -54,7 +54,7 @@ class GroupStore:
         self._process = os.getpid()
 
     def part(self, name: str) -> GroupStore:
-        """The same with keys that begin with a name."""
+        """The part of this store whose keys begin with a name."""
         found = object.__new__(GroupStore)
         vars(found).update(vars(self))
         found._prefix = f"{self._prefix}/{name}"
@@ -65,7 +65,7 @@ class GroupStore:
         """Write a value.
 
         Raises:
-            NoAgreement: where the store fails, as do all others here.
+            NoAgreement: if the store fails. Every method raises it then.
         """
         self._ask(lambda: self._store.set(key, value))
 
@@ -74,11 +74,11 @@ class GroupStore:
         return self._ask(lambda: bool(self._store.check(list(keys))))
 
     def get(self, key: str) -> bytes | None:
-        """The value of a key; None where it has none."""
+        """The value of a key; None if it has none."""
         return self._ask(lambda: bytes(self._store.get(key)) if self._store.check([key]) else None)
 
     def compare_set(self, key: str, expected: str, wanted: str) -> bytes:
-        """Write a value where another one (empty: none) is; what is there then."""
+        """Write a value if the stored one is ``expected`` (empty: none). Returns the value stored afterwards."""
         return self._ask(lambda: bytes(self._store.compare_set(key, expected, wanted)))
 
     def _ask(self, question: Callable[[], T]) -> T:
@@ -86,7 +86,7 @@ class GroupStore:
             raise NoAgreement(_forked(self._group))
         try:
             return question()
-        except (RuntimeError, OSError) as error:  # not asked again: an answer may come late, and be taken for the next
+        except (RuntimeError, OSError) as error:  # no retry: a late answer would be taken for that of the next call
             found = f"the store of the group fails ({error})"
             raise NoAgreement(Reason(CODE, found, "a store that all ranks reach")) from error
 
@@ -97,11 +97,11 @@ _lock = threading.Lock()
 
 
 def group_store(group: dist.ProcessGroup) -> GroupStore | None:
-    """The store of a group; None where it was made without one, which is so on all of its ranks.
+    """The store of a group; None if the group was created without one, on all of its ranks.
 
     Raises:
-        NoAgreement: where the group is destroyed, where its store fails, or where this process is a fork of the one
-            that made the group: the two would read each other's answers.
+        NoAgreement: if the group is destroyed, its store fails, or this process is a fork of the one that created the
+            group: the two would read each other's answers.
     """
     if group in _inherited:
         raise NoAgreement(_forked(group.group_name))
@@ -114,7 +114,7 @@ def group_store(group: dist.ProcessGroup) -> GroupStore | None:
 
 def _meet(group: dist.ProcessGroup) -> None:
     try:
-        store = dist.distributed_c10d._get_process_group_store(group)
+        store = store_of(group)
     except KeyError as error:
         reason = Reason(CODE, f"the process group {group.group_name!r} is destroyed", "a living group")
         raise NoAgreement(reason) from error
@@ -125,7 +125,7 @@ def _meet(group: dist.ProcessGroup) -> None:
     mine = f"joined/{whole.rank}"
     last = int(whole.get(mine) or 0)
     number = int(whole.compare_set("newest", str(last or ""), str(last + 1)))
-    # first, so that one who is interrupted here does not take yet another number
+    # before the write: a rank that is interrupted here must not take yet another number
     _met[group] = whole.part(str(number))
     whole.set(mine, str(number))
 
@@ -139,8 +139,7 @@ def _in_a_fork() -> None:
     global _lock
     _lock = threading.Lock()  # another thread of the parent may have held it
     _inherited.update(list(_met))
-    if dist.is_available() and dist.is_initialized():
-        _inherited.update(list(dist.distributed_c10d._world.pg_map))
+    _inherited.update(groups())
 
 
 os.register_at_fork(after_in_child=_in_a_fork)

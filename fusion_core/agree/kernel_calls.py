@@ -1,15 +1,15 @@
-"""Whether the ranks of a group run the same kernels, agreed before the first kernel of a graph runs.
+"""Agreement of a group's ranks that they run the same kernels, reached before the first kernel of a graph runs.
 
-A plain all_reduce pairs with any other of its size, whatever graph it comes from. A kernel pairs with itself alone: one
-that meets another rank's all_reduce waits for ever, or adds what does not belong together. Each rank decides by its own
-graph, and graphs may differ: a graph break, other dynamic shapes, Dynamo's recompile limit, a trace that fails or a
-requirement that is met on one rank alone. So before the first kernel of a graph runs, each rank says through the
-group's store in which sequence of collectives it stands. Where all say the same, the kernels run, and nothing is asked
-of that sequence again. Where they do not, or one says nothing in time, every kernel of the group runs unfused from then
-on: all_reduces, which pair.
+A plain all_reduce pairs with any other of its size, whatever graph it comes from. A kernel pairs only with itself: one
+that meets another rank's all_reduce waits forever, or adds unrelated tensors. Each rank decides by its own graph, and
+graphs may differ: a graph break, other dynamic shapes, Dynamo's recompile limit, a trace that fails or a requirement
+that is met on one rank alone. So before the first kernel of a graph runs, each rank publishes the graph's sequence of
+collectives in the group's store. If all sequences are equal, the kernels run, and the sequence is not compared again.
+If they differ, or a rank publishes nothing in time, every kernel of the group runs unfused from then on: as
+all_reduces, which pair.
 
-A rank that is silent after kernels were agreed on may be inside one of them. Nothing pairs with that, so the ranks that
-wait raise `RanksDiffer`.
+A rank that does not answer after kernels were agreed on may be inside one of them. Nothing pairs with that kernel, so
+the ranks that wait raise `RanksDiffer`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch.distributed as dist
 
 from fusion_core.agree.agreement import Agreement, NoAgreement
 from fusion_core.errors import RanksDiffer
+from fusion_core.fallback import fell_back
 from fusion_core.groups import global_ranks, is_shared, resolved
 from fusion_core.reason import Reason
-from fusion_core.run_time import fell_back
 
 TIMEOUT = 300.0
 """Seconds that the first kernel of a graph waits for the other ranks."""
@@ -42,8 +42,8 @@ class Calls:
     """The collectives of one graph in one process group.
 
     Attributes:
-        digest: Of their sequence: kinds, dtypes, shapes, and what each kernel is.
-        words: Which kernels, for people.
+        digest: A hash of their sequence: kinds, dtypes, shapes, and the identity of each kernel.
+        words: The kernels, for messages.
     """
 
     digest: str
@@ -51,7 +51,7 @@ class Calls:
 
     @classmethod
     def of(cls, sequence: Sequence[str], words: str) -> Calls:
-        """The calls of a sequence of collectives, each as a text that is equal on all ranks."""
+        """The calls of a sequence of collectives, each a text that is equal on all ranks."""
         return cls(hashlib.sha256("\n".join(sequence).encode()).hexdigest()[:16], words)
 
     def text(self) -> str:
@@ -60,7 +60,7 @@ class Calls:
 
     @classmethod
     def from_text(cls, text: str) -> Calls:
-        """The calls that `text` gave."""
+        """The calls that `text` serialized."""
         return cls(*json.loads(text))
 
 
@@ -72,9 +72,9 @@ class GroupCalls:
         group: The group.
         name: Its name.
         agreed: Digests of the sequences that all ranks run.
-        unfused: Why no kernel of the group runs any more; None where they may.
-        error: Raised by each further kernel of the group.
-        steps: How often its ranks have agreed.
+        unfused: Why no kernel of the group runs any more; None while kernels may run.
+        error: The error that each further kernel of the group raises; None if there is none.
+        steps: The number of exchanges between its ranks so far.
     """
 
     group: weakref.ref[dist.ProcessGroup]
@@ -86,14 +86,14 @@ class GroupCalls:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def hindrance(self, calls: Calls, strategies: Sequence[str]) -> Reason | None:
-        """Why the kernels of a graph must not run; None where they may. Waits for the other ranks the first time.
+        """The reason why the kernels of a graph must not run, or None. Waits for the other ranks the first time.
 
         Args:
             calls: The graph's collectives in this group.
-            strategies: Those whose reports then say that they run unfused.
+            strategies: Strategies whose reports then record that they run unfused.
 
         Raises:
-            RanksDiffer: where another rank is silent and may be inside a kernel.
+            RanksDiffer: if another rank does not answer and may be inside a kernel.
         """
         if self.unfused is None and self.error is None and calls.digest not in self.agreed:
             with self._lock:
@@ -107,7 +107,7 @@ class GroupCalls:
         return self.unfused
 
     def may_be_inside(self, silent: Reason) -> RanksDiffer | None:
-        """The error of a rank that waited for one in vain; None where no kernel has run that it may be inside."""
+        """The error for ranks that waited in vain; None if the missing rank cannot be inside a kernel."""
         words = f"{silent}: that rank may be inside a kernel that was agreed on before, with which nothing pairs"
         return RanksDiffer(words) if self.agreed else None
 
@@ -115,18 +115,18 @@ class GroupCalls:
         group = self.group()
         assert group is not None
         ranks = global_ranks(group)
-        said = self._exchange(group, calls, ranks)
-        if isinstance(said, Reason):
-            silent = Reason(CODE, f"{calls.words}: {said.found}", SAME, hint=said.hint)
+        answers = self._exchange(group, calls, ranks)
+        if isinstance(answers, Reason):
+            silent = Reason(CODE, f"{calls.words}: {answers.found}", SAME, hint=answers.hint)
             self.error = self.may_be_inside(silent)
             self.unfused = silent
-        elif said[group.rank()].digest != calls.digest:  # it was interrupted, and the others have what it said before
-            before = said[group.rank()].words
-            self.error = RanksDiffer(
-                f"this rank runs {calls.words}, and said before that it runs {before}; needs {SAME}"
-            )
-        elif other := next((rank for rank, each in enumerate(said) if each.digest != said[0].digest), None):
-            found = f"rank {ranks[0]} runs {said[0].words}, rank {ranks[other]} runs {said[other].words}"
+        elif (
+            answers[group.rank()].digest != calls.digest
+        ):  # it was interrupted, and the others have its earlier announcement
+            before = answers[group.rank()].words
+            self.error = RanksDiffer(f"this rank runs {calls.words}, and announced {before} before; needs {SAME}")
+        elif other := next((rank for rank, each in enumerate(answers) if each.digest != answers[0].digest), None):
+            found = f"rank {ranks[0]} runs {answers[0].words}, rank {ranks[other]} runs {answers[other].words}"
             self.unfused = Reason(CODE, found, SAME)
         else:
             self.agreed.add(calls.digest)
@@ -135,7 +135,7 @@ class GroupCalls:
             warnings.warn(words, RuntimeWarning, stacklevel=2)
 
     def _exchange(self, group: dist.ProcessGroup, calls: Calls, ranks: Sequence[int]) -> list[Calls] | Reason:
-        """What every rank runs; why that is not known."""
+        """The calls of every rank, or the reason why they are not known."""
         try:
             agreement = Agreement(group, f"the first kernel of a graph (step {self.steps})", TIMEOUT, ranks)
             agreement.publish([calls.digest, calls.words])
@@ -144,7 +144,7 @@ class GroupCalls:
                 raise
             return error.reason  # the others wait in vain, and go on unfused as well
         outcome = agreement.collect()  # a store that fails now raises: the others may know what this rank does not
-        # only now: a rank that was interrupted comes again with the same number
+        # only now: a rank that was interrupted retries with the same number
         self.steps += 1
         return outcome if isinstance(outcome, Reason) else [Calls(*each) for each in outcome]
 
@@ -154,11 +154,11 @@ _lock = threading.Lock()
 
 
 def calls_of(name: str) -> GroupCalls | None:
-    """What the ranks of a group have agreed to run; None of a group without other ranks."""
+    """What the ranks of a group have agreed to run; None for a group without other ranks."""
     group = resolved(name)
     if group is None:
         return None
-    found = _of_group.get(group)  # first: each call of a kernel comes by here
+    found = _of_group.get(group)  # without the lock: every kernel call takes this path
     if found is None and is_shared(group):
         with _lock:
             found = _of_group.setdefault(group, GroupCalls(weakref.ref(group), name))

@@ -1,19 +1,20 @@
-"""What the ranks of a process group have in common, exchanged once per group through its store: no collective.
+"""The agreement between the ranks of a process group, reached once per group through its store: no collective.
 
-Ranks must emit the same graphs, and a rank that finds its graph in Inductor's cache never runs the pass. So what they
-agree on is part of the cache key: `FusionPass.among` settles it for the groups of one graph before Inductor asks for
-the key, on ranks that hit the cache and on those that miss it alike, and the pass then takes nothing else for agreed.
-The groups that are waited for are those that Dynamo's graph names: of its functional collectives, meshes and DTensors.
-Not all groups of the process: the stages of a pipeline compile one after another, and would wait for each other. But
-what this process rests on is published in all of them at once, since it does not depend on a graph: a rank that asks in
-another group first, or a thread of it, finds the facts there.
+Ranks must emit the same graphs, and a rank that finds its graph in Inductor's cache never runs the pass. The agreement
+is therefore part of the cache key. `FusionPass.among` reaches it for a graph's groups before Inductor asks for the key,
+so ranks that hit the cache take part too. The pass uses only what was agreed there.
 
-A pass that Inductor runs by itself has no graph to look at when it is asked for its key. It exchanges while it runs,
-and gives no key, which keeps the graph out of the cache on every rank, until its process has settled all its groups.
+A rank waits for the groups that Dynamo's graph names: those of its functional collectives, meshes and DTensors. It does
+not wait for other groups of the process: the stages of a pipeline compile one after another, and would wait for each
+other. The facts of this process are published in all its groups at once, since they do not depend on a graph. So a rank
+or a thread that needs another group first finds them there.
 
-Whether all took part in time is one atomic write, so that a rank that comes late finds what the others settled, as does
-one that was interrupted and asks again. What follows from the facts is a pure function of them. No lock is held while
-a rank is waited for.
+A pass that Inductor runs by itself has no graph when Inductor asks for its key. It agrees while it runs. Until its
+process has agreed in all its groups it returns no key, which keeps the graph out of the cache on every rank.
+
+Whether all ranks took part in time is one atomic write. A late rank finds the others' outcome, and so does a rank that
+was interrupted and tries again. The differences are a pure function of the facts. No lock is held while a rank is
+waited for.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch.distributed as dist
 
+from fusion_core._torch.distributed import groups
 from fusion_core.agree.exchange import Exchange
-from fusion_core.agree.facts import Ground, compare, digest, facts
+from fusion_core.agree.facts import RankDifferences, compare, digest, rank_facts
 from fusion_core.agree.group_store import CODE, NoAgreement, group_store
 from fusion_core.agree.kernel_calls import calls_of
 from fusion_core.groups import global_ranks, is_shared, resolved
@@ -44,9 +46,9 @@ from fusion_core.tables.store import Found, find
 TIMEOUT = 300.0
 """Seconds that ranks wait for the others of their group before they go on unfused."""
 
-ALONE = Ground()
-"""Of a group without other ranks."""
-UNSETTLED = Ground(
+ALONE = RankDifferences()
+"""For a group without other ranks."""
+UNSETTLED = RankDifferences(
     (
         Reason(
             CODE,
@@ -56,138 +58,141 @@ UNSETTLED = Ground(
         ),
     )
 )
-"""Of a group that its ranks were not asked about before the graph was compiled."""
+"""For a group whose ranks have not agreed before the graph was compiled."""
 
 
 @dataclass(frozen=True)
-class Common:
-    """What ranks have in common in each group that one graph names.
+class AgreedState:
+    """The agreement in each group that a graph names.
 
     Attributes:
-        grounds: Name of a group → what its ranks have in common.
-        otherwise: The same of groups that have other ranks and are not among them.
+        differences_of: Name of a group → the differences between its ranks.
+        otherwise: The differences in any other group that has other ranks.
     """
 
-    grounds: Mapping[str, Ground] = field(default_factory=dict)
-    otherwise: Ground = UNSETTLED
+    differences_of: Mapping[str, RankDifferences] = field(default_factory=dict)
+    otherwise: RankDifferences = UNSETTLED
     _registries: dict[str, Registry] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def ground(self, group: str) -> Ground:
-        """What the ranks of one group have in common."""
-        if group in self.grounds:
-            return self.grounds[group]
+    def differences(self, group: str) -> RankDifferences:
+        """The differences between the ranks of one group."""
+        if group in self.differences_of:
+            return self.differences_of[group]
         found = resolved(group)
         return self.otherwise if found is not None and is_shared(found) else ALONE
 
     def registry(self, whole: Registry, group: str) -> Registry:
-        """What of a registry the ranks of a group use."""
-        ground = self.ground(group)
-        if not ground.reasons:
+        """The part of a registry that the ranks of a group use."""
+        differences = self.differences(group)
+        if not differences.reasons:
             return whole
         if group not in self._registries:
-            each = dict.fromkeys(whole.backends, ground.whole) if ground.whole else {}
-            taken = each or {name: (reason,) for name, reason in ground.backends.items()}
-            self._registries[group] = whole.without(taken, ground.table)
+            each = dict.fromkeys(whole.backends, differences.whole) if differences.whole else {}
+            taken = each or {name: (reason,) for name, reason in differences.backends.items()}
+            self._registries[group] = whole.without(taken, differences.table)
         return self._registries[group]
 
     def unmerged(self, group: str) -> Reason | None:
-        """Why all_reduces of a group must not be merged; None where they may be."""
-        ground = self.ground(group)
-        return ground.whole[0] if ground.whole else ground.merging
+        """The reason why all_reduces of a group must not be merged, or None."""
+        differences = self.differences(group)
+        return differences.whole[0] if differences.whole else differences.merging
 
     def reasons(self, groups: Iterable[str]) -> dict[str, tuple[Reason, ...]]:
-        """What differs between the ranks of some groups, by group; without those where nothing does."""
-        return {group: reasons for group in dict.fromkeys(groups) if (reasons := self.ground(group).reasons)}
+        """The differences between the ranks of some groups, by group; groups without any are left out."""
+        return {group: reasons for group in dict.fromkeys(groups) if (reasons := self.differences(group).reasons)}
 
     @property
     def key(self) -> str:
-        """What a compiled graph hangs on, as text; empty where there is nothing to agree on."""
-        return repr(sorted(self.grounds.items(), key=lambda item: item[0])) if self.grounds else ""
+        """The agreement that a compiled graph depends on, as text; empty if there is nothing to agree on."""
+        return repr(sorted(self.differences_of.items(), key=lambda item: item[0])) if self.differences_of else ""
 
 
-_settled: WeakKeyDictionary[dist.ProcessGroup, dict[str, Ground]] = WeakKeyDictionary()
+_settled: WeakKeyDictionary[dist.ProcessGroup, dict[str, RankDifferences]] = WeakKeyDictionary()
 _exchanges: WeakKeyDictionary[dist.ProcessGroup, Exchange] = WeakKeyDictionary()
 _registries: WeakValueDictionary[int, Registry] = WeakValueDictionary()
+_local: WeakKeyDictionary[Registry, dict[Device, tuple[dict[str, Any], str]]] = WeakKeyDictionary()
+"""The facts of a registry on a device, and their digest."""
 _lock = threading.Lock()
 
 
 def will_ask(registry: Registry) -> None:
-    """Have the other ranks told of this registry while this one is stuck with another one: they may wait for it."""
+    """Have the facts of this registry published too while this rank waits: other ranks may wait for them."""
     _registries[id(registry)] = registry
 
 
-def _own(registry: Registry, group: dist.ProcessGroup) -> tuple[dict[str, Any], str]:
-    """What this process's choices in a group rest on, and a hash of it."""
+def _local_facts(registry: Registry, group: dist.ProcessGroup) -> tuple[dict[str, Any], str]:
+    """The facts that this process's choices in a group depend on, and their hash."""
     device = Device.here()
     return _facts(registry, device, registry.found_table(device, group.size()))
 
 
 def _facts(registry: Registry, device: Device, found: Found) -> tuple[dict[str, Any], str]:
-    if device not in registry.facts:
-        given = facts(registry, device)
-        registry.facts[device] = {"facts": given, "digest": digest(given)}
-    known = registry.facts[device]
+    by_device = _local.setdefault(registry, {})
+    if device not in by_device:
+        own = rank_facts(registry, device)
+        by_device[device] = own, digest(own)
+    given, words = by_device[device]
     fingerprint = None if found.table is None else found.table.fingerprint
-    hash_ = hashlib.sha256(f"{known['digest']} {fingerprint}".encode()).hexdigest()
-    return {**known["facts"], "table": [fingerprint, found.origin]}, hash_
+    hash_ = hashlib.sha256(f"{words} {fingerprint}".encode()).hexdigest()
+    return {**given, "table": [fingerprint, found.origin]}, hash_
 
 
 def _groups() -> list[dist.ProcessGroup]:
     """The groups of this process that have other ranks."""
-    if not dist.is_available() or not dist.is_initialized():
-        return []
-    return [group for group in list(dist.distributed_c10d._world.pg_map) if is_shared(group)]
+    return [group for group in groups() if is_shared(group)]
 
 
-def known(registry: Registry) -> Common | None:
-    """What is settled already in every group of this process; None where a group with other ranks is not."""
-    found: dict[str, Ground] = {}
+def settled_everywhere(registry: Registry) -> AgreedState | None:
+    """The agreement in every group of this process; None if a group with other ranks has not agreed yet."""
+    found: dict[str, RankDifferences] = {}
     for group in _groups():
-        ground = _known(registry, group)
-        if ground is None:
+        differences = _cached(registry, group)
+        if differences is None:
             return None
-        found[str(group.group_name)] = ground
-    return Common(found)
+        found[str(group.group_name)] = differences
+    return AgreedState(found)
 
 
-def _known(registry: Registry, group: dist.ProcessGroup) -> Ground | None:
+def _cached(registry: Registry, group: dist.ProcessGroup) -> RankDifferences | None:
     settled = _settled.get(group)
-    return settled.get(_own(registry, group)[1]) if settled else None
+    return settled.get(_local_facts(registry, group)[1]) if settled else None
 
 
-def so_far(names: Iterable[str], registry: Registry) -> Common:
-    """What is settled already, the rest presumed to be in common: for a dry run, which waits for nobody."""
+def settled_so_far(names: Iterable[str], registry: Registry) -> AgreedState:
+    """The agreements so far, for a dry run, which does not wait. Other groups count as having no differences."""
     groups = {name: group for name in names if (group := resolved(name)) is not None and is_shared(group)}
-    found = {name: ground for name, group in groups.items() if (ground := _known(registry, group)) is not None}
-    return Common(found, ALONE)
+    found = {
+        name: differences for name, group in groups.items() if (differences := _cached(registry, group)) is not None
+    }
+    return AgreedState(found, ALONE)
 
 
-def agree(names: Iterable[str], registry: Registry) -> Common:
-    """Have the ranks of these groups settle what they have in common; waits for them `TIMEOUT` seconds at most.
+def agree(names: Iterable[str], registry: Registry) -> AgreedState:
+    """Agree with the other ranks of these groups; waits for them for at most `TIMEOUT` seconds.
 
-    Every rank of a group must call this, in any order of groups and registries. A group that is settled is not asked
-    again. Where ranks differ, a warning says how.
+    Every rank of a group must call this, in any order of groups and registries. A group that has agreed is not asked
+    again. If ranks differ, a warning names the differences.
 
     Raises:
-        NoAgreement: where the store of a group fails once the other ranks know this one's facts, or this process is a
-            fork of the one that made the group.
-        RanksDiffer: where ranks that wait for one another may be inside kernels that were agreed on before.
+        NoAgreement: if the store of a group fails once the other ranks have this one's facts, or this process is a fork
+            of the one that created the group.
+        RanksDiffer: if ranks that wait for one another may be inside kernels that were agreed on before.
     """
     will_ask(registry)
     groups = {name: group for name in names if (group := resolved(name)) is not None and is_shared(group)}
-    found = {name: _known(registry, group) for name, group in groups.items()}
-    missing = [name for name, ground in found.items() if ground is None]
+    found = {name: _cached(registry, group) for name, group in groups.items()}
+    missing = [name for name, differences in found.items() if differences is None]
     if missing:
         found |= _settle({name: groups[name] for name in missing}, registry)
-    return Common({name: ground for name, ground in found.items() if ground is not None})
+    return AgreedState({name: differences for name, differences in found.items() if differences is not None})
 
 
-def _settle(groups: Mapping[str, dist.ProcessGroup], registry: Registry) -> dict[str, Ground]:
-    """Publish in all groups before any rank is waited for: the order of groups is each rank's own."""
+def _settle(groups: Mapping[str, dist.ProcessGroup], registry: Registry) -> dict[str, RankDifferences]:
+    """Publish in all groups, then wait for their ranks: each rank may have the groups in another order."""
     end = time.monotonic() + TIMEOUT
     waiting: list[tuple[str, dist.ProcessGroup, str, Exchange | Reason]] = []
     for name, group in groups.items():
-        own, hash_ = _own(registry, group)
+        own, hash_ = _local_facts(registry, group)
         waiting.append((name, group, hash_, _published(group, own, hash_)))
     _publish_everywhere(registry)
     found = {}
@@ -196,15 +201,15 @@ def _settle(groups: Mapping[str, dist.ProcessGroup], registry: Registry) -> dict
         if isinstance(outcome, Reason):
             if (running := calls_of(name)) is not None and (error := running.may_be_inside(outcome)) is not None:
                 raise error
-            ground = Ground((Reason(CODE, f"nothing is fused: {outcome.found}", outcome.needs),))
+            differences = RankDifferences((Reason(CODE, f"nothing is fused: {outcome.found}", outcome.needs),))
         else:
-            ground = Ground() if outcome is None else compare(outcome, global_ranks(group))
-        found[name] = _keep(name, group, hash_, ground)
+            differences = RankDifferences() if outcome is None else compare(outcome, global_ranks(group))
+        found[name] = _keep(name, group, hash_, differences)
     return found
 
 
 def _published(group: dist.ProcessGroup, own: Mapping[str, Any], hash_: str) -> Exchange | Reason:
-    """The exchange of a group, in which all ranks can see these facts; why they cannot, and never will."""
+    """The exchange of a group with these facts published, or the reason why they never will be."""
     try:
         exchange = _exchange(group)
         if exchange is None:
@@ -226,10 +231,10 @@ def _exchange(group: dist.ProcessGroup) -> Exchange | None:
 
 
 def _publish_everywhere(*registries: Registry) -> None:
-    """Tell the ranks of every group what this one has, so that they need not wait until it comes to their group.
+    """Publish this rank's facts in every group, so that other ranks need not wait until it needs that group.
 
-    Threads, and ranks that compile their models in another order, would else wait for each other. Whatever keeps
-    something from being published is said where it is asked for.
+    Otherwise threads, and ranks that compile their models in another order, would wait for each other. A failure to
+    publish is reported where the facts are needed.
     """
     device = Device.here()
     for group in _groups():
@@ -243,19 +248,19 @@ def _publish_everywhere(*registries: Registry) -> None:
 
 
 def _stuck() -> None:
-    """Tell of registries too that were not asked for yet: the other ranks may wait for one of them."""
+    """Publish the facts of registries that are not needed here yet: other ranks may wait for one of them."""
     _publish_everywhere(*list(_registries.values()))
 
 
-def _keep(name: str, group: dist.ProcessGroup, hash_: str, ground: Ground) -> Ground:
+def _keep(name: str, group: dist.ProcessGroup, hash_: str, differences: RankDifferences) -> RankDifferences:
     with _lock:
         kept = _settled.setdefault(group, {})
-        if hash_ in kept:  # another thread was first, and has said so
+        if hash_ in kept:  # another thread was first, and has warned
             return kept[hash_]
-        kept[hash_] = ground
-    for reason in ground.reasons:
+        kept[hash_] = differences
+    for reason in differences.reasons:
         warnings.warn(f"fusion_core: process group {name!r}: {reason}", RuntimeWarning, stacklevel=2)
-    return ground
+    return differences
 
 
 def _in_a_fork() -> None:

@@ -1,1 +1,1 @@
-"""A model compiled with fusion_core and without, timed side by side: what ``fusion-core bench`` runs."""
+"""Compiles a model with and without fusion_core and times both side by side, for ``fusion-core bench``."""

@@ -1,4 +1,4 @@
-"""How far apart two results of one call are, whatever they are made of."""
+"""The difference between two results of one call, in any nesting of containers."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from fusion_core._torch.tensors import tree_leaves
 
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05}
 _LARGEST_LIMIT = 0.1
-"""Of bfloat16, and of what is narrower: rounding in another order moves logits of a few layers by 0.02 to 0.03."""
+"""For bfloat16 and narrower dtypes: rounding in another order moves the logits of a few layers by 0.02 to 0.03."""
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
     """The tensors in nested containers, in order."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def kept(value: Any) -> list[torch.Tensor]:
-    """Copies of the floating-point tensors in a result: a CUDA graph writes its next results over the old ones.
+    """Copies of the floating-point tensors in a result, which a CUDA graph's next replay overwrites.
 
-    Of a tensor that is split over ranks, this rank's share.
+    For a tensor that is sharded over ranks, this rank's shard.
     """
     local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors(value))
     return [tensor.detach().clone() for tensor in local if tensor.is_floating_point()]
 
 
 def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float | None:
-    """The largest difference over the largest magnitude of ``one``, of the tensor where that is largest.
+    """The largest difference over the largest magnitude of ``one``: computed per tensor, the largest is returned.
 
-    None where there is nothing to compare. Infinite where shapes differ, where one alone is not finite somewhere, and
-    where a tensor is finite nowhere.
+    None if there are no tensors to compare. Infinite if shapes differ, if an element is finite in only one of them, or
+    if a tensor has no finite element.
     """
     if len(one) != len(other):
         return math.inf
@@ -47,7 +48,7 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
     one, other = (each.double() if each.dtype == torch.float64 else each.float() for each in (one, other))
     finite = one.isfinite()
     same = bool((finite == other.isfinite()).all())
-    # masks hold infinities: those are to be the same ones
+    # masks contain infinities, which must be the same in both
     if not same or not finite.any() or not torch.equal(one[~finite].nan_to_num(), other[~finite].nan_to_num()):
         return math.inf
     one, other = one[finite], other[finite]
@@ -56,5 +57,5 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def limit(dtypes: Iterable[torch.dtype]) -> float:
-    """The largest `difference` that rounding explains, by the narrowest floating-point dtype that takes part."""
+    """The largest `difference` that rounding explains, given by the narrowest floating-point dtype involved."""
     return max((_LIMITS.get(dtype, _LARGEST_LIMIT) for dtype in dtypes if dtype.is_floating_point), default=0.1)

@@ -1,4 +1,4 @@
-"""What was measured, as values: a row for each batch size."""
+"""The measurements as values: a row for each batch size."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fusion_core.report.report import Report
 
 @dataclass(frozen=True)
 class Fusion:
-    """What fusion_core made of the graphs of one call.
+    """What fusion_core did to the graphs of one call.
 
     Attributes:
-        sites: All_reduces.
-        fused: Those that run on a strategy.
-        strategies: Name → how many sites it runs at.
-        fell_back: Why a chosen strategy runs unfused all the same, as text.
-        reports: Of each graph.
+        sites: The number of all_reduces.
+        fused: The number of those that a strategy runs.
+        strategies: Name → the number of sites that it runs at.
+        fell_back: The reasons why a chosen strategy runs unfused, as text.
+        reports: The report of each graph.
     """
 
     sites: int
@@ -33,7 +33,7 @@ class Fusion:
 
     @classmethod
     def of(cls, reports: Sequence[Report]) -> Fusion:
-        """The sum of the reports. To be taken after the calls: some strategies fall back when they first run."""
+        """The sum over the reports. Call it after the model ran: some strategies fall back when they first run."""
         sites = [site for report in reports for site in report.sites]
         running = [site for site in sites if site.strategy is not None and not site.run_time]
         fell_back = dict.fromkeys(f"{site.strategy}: {reason}" for site in sites for reason in site.run_time)
@@ -46,19 +46,19 @@ class Row:
     """One batch size.
 
     Attributes:
-        batch: The batch size; None where the function takes none.
-        plain_us: Microseconds of a call without fusion_core, round by round: the median of the round's calls, on the
+        batch: The batch size; None if the function takes none.
+        plain_us: Microseconds of a call without fusion_core in each round: the median of the round's calls, on the
             slowest rank.
-        fused_us: The same with it; rounds of the same index are neighbours in time.
+        fused_us: The same with fusion_core; rounds of the same index are adjacent in time.
         fusion: What was fused.
-        difference: Between the results of both: the largest difference over the largest magnitude. None where no
-            result is a floating-point tensor.
-        difference_limit: The most of it that passes.
-        repeated: Between two results without fusion_core, as ``difference``.
-        new_graph: Whether it was compiled for this batch size, and not taken over from the one before.
-        steps: Calls of a round.
-        compile_s: Seconds until the first calls of each were done.
-        cudagraph_skips: How often torch gave up CUDA graphs in this row's compilations.
+        difference: The largest difference between the results with and without fusion_core, over the largest magnitude.
+            None if no result is a floating-point tensor.
+        difference_limit: The largest ``difference`` that passes.
+        repeated: The same as ``difference``, between two results without fusion_core.
+        new_graph: Whether a graph was compiled for this batch size, instead of using the previous one's.
+        steps: The number of calls in a round.
+        compile_s: Side → seconds of its first calls, which compile.
+        cudagraph_skips: How often torch skipped CUDA graphs in this row's compilations.
     """
 
     batch: int | None
@@ -85,16 +85,16 @@ class Row:
 
     @property
     def gain(self) -> float:
-        """How many times faster: above 1, fusion_core gains."""
+        """The speed-up: above 1, fusion_core is faster."""
         return self.plain / self.fused
 
     @property
     def gains(self) -> tuple[float, ...]:
-        """The gain of each round alone: how far they spread is the noise."""
+        """The gain of each single round; their spread is the noise."""
         return tuple(plain / fused for plain, fused in zip(self.plain_us, self.fused_us, strict=True))
 
     def problem(self, fail_below: float | None) -> str:
-        """Why this row is not as it should be; empty where all is well."""
+        """What is wrong with this row; empty if nothing is."""
         where = "" if self.batch is None else f"batch {self.batch}: "
         for found, what in (
             (self.repeated, "two calls without fusion_core"),
@@ -103,15 +103,16 @@ class Row:
             if found is not None and not found <= self.difference_limit:
                 hint = ""
                 if what.startswith("two"):
-                    hint = "; a call must give the same each time: one that moves a cache on has to rewind it"
-                far = f"{found:.3g} of the largest magnitude" if math.isfinite(found) else "no number, or in shape"
-                return f"{where}{what} differ by {far}, needs at most {self.difference_limit:g}{hint}"
+                    hint = "; a call must return the same each time: if it advances a cache, it has to rewind it"
+                finite = math.isfinite(found)
+                far = f"by {found:.3g} of the largest magnitude" if finite else "in shape or in where they are finite"
+                return f"{where}{what} differ {far}, needs at most {self.difference_limit:g}{hint}"
         if fail_below is not None and self.gain < fail_below:
             return f"{where}gain is {self.gain:.3f}, needs at least {fail_below:g}"
         return ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as plain JSON types. A difference that is no number is None; ``problem`` says so."""
+        """The row as plain JSON types. A difference that is not finite becomes None; `problem` reports it."""
         return {
             "batch": self.batch,
             "plain_us": round(self.plain, 2),
@@ -137,13 +138,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that a run measured.
+    """All measurements of a run.
 
     Attributes:
-        rows: In the order in which they ran.
-        left_out: Batch sizes that the budget had no time for.
-        mode: Of torch.compile.
-        device: What the times are of: ``"cuda"`` or ``"cpu"``.
+        rows: The rows in the order in which they ran.
+        left_out: Batch sizes that were skipped because of the budget.
+        mode: The mode of torch.compile.
+        device: The device that was timed: ``"cuda"`` or ``"cpu"``.
     """
 
     rows: tuple[Row, ...]
@@ -152,7 +153,7 @@ class Outcome:
     device: str
 
     def problems(self, fail_below: float | None) -> tuple[str, ...]:
-        """Why the answer is no; empty where all is well."""
+        """The problems of all rows; empty if there are none."""
         return tuple(problem for row in self.rows if (problem := row.problem(fail_below)))
 
     def to_dict(self) -> dict[str, Any]:

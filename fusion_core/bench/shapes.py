@@ -1,4 +1,4 @@
-"""The named shapes: layer sizes of models whose block `fusion_core.bench.stack` is."""
+"""The named shapes: layer sizes of models that `fusion_core.bench.stack` can represent."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Shape:
         intermediate: Width of the gated MLP.
         heads: Query heads.
         kv_heads: Key-value heads.
-        head_dim: Of each head; heads × head_dim need not be ``hidden``.
-        eps: Of every RMSNorm.
+        head_dim: Width of each head; heads × head_dim need not be ``hidden``.
+        eps: Epsilon of every RMSNorm.
         rope_theta: Base of the rotary embedding.
-        source: Whose sizes these are.
-        qk_norm: Query and key are normed head by head before the rotary embedding.
+        source: The model with these sizes.
+        qk_norm: Whether query and key are normed per head before the rotary embedding.
     """
 
     hidden: int
@@ -38,7 +38,7 @@ class Shape:
     qk_norm: bool = False
 
     def indivisible(self, world_size: int) -> tuple[str, ...]:
-        """What cannot be split evenly over so many ranks, as text: ``("8 key-value heads",)``."""
+        """The sizes that ``world_size`` does not divide, as text: ``("8 key-value heads",)``."""
         parts = {"heads": self.heads, "key-value heads": self.kv_heads, "MLP columns": self.intermediate}
         return tuple(f"{size} {name}" for name, size in parts.items() if size % world_size)
 
@@ -53,18 +53,18 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
         "llama-3-70b": Shape(8192, 28672, 64, 8, 128, 1e-5, 500_000.0, "meta-llama/Meta-Llama-3-70B"),
         "mistral-7b": Shape(4096, 14336, 32, 8, 128, 1e-5, 1_000_000.0, "mistralai/Mistral-7B-v0.3"),
         "qwen3-32b": Shape(5120, 25600, 64, 8, 128, 1e-6, 1_000_000.0, "Qwen/Qwen3-32B", qk_norm=True),
-        "tiny": Shape(256, 512, 8, 4, 32, 1e-5, 10_000.0, "nobody's: to try the command, on CPUs too"),
+        "tiny": Shape(256, 512, 8, 4, 32, 1e-5, 10_000.0, "no model: for trying the command, on CPUs too"),
     }
 )
-"""Name → sizes. Models with another block (Gemma 2 norms a reduced branch before it is added, DeepSeek has experts and
-another attention) are not here: a stack of these sizes would say nothing about them."""
+"""Name → sizes. Models with another block are not here, as the stack would not represent them: Gemma 2 norms a reduced
+branch before it is added, DeepSeek has experts and another attention."""
 
 
 def named(name: str, world_size: int) -> Shape:
     """The shape of this name.
 
     Raises:
-        ConfigError: where there is none, or it cannot be split evenly over ``world_size`` ranks.
+        ConfigError: if there is none, or it cannot be split evenly over ``world_size`` ranks.
     """
     if name not in SHAPES:
         raise ConfigError(f"--shape is {name!r}, needs one of {', '.join(SHAPES)}")

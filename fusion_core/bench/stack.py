@@ -1,8 +1,8 @@
 """A tensor-parallel decoder stack in plain torch: one decode step of a named shape, with random weights.
 
-Each block is Llama's: RMSNorm, attention, all_reduce, residual add, RMSNorm, gated MLP, all_reduce, residual add; with
-Qwen3's norms of query and key where the shape has them. Projections into a block are split by columns, those out of it
-by rows, and one functional all_reduce sums what the ranks made of them. No embedding and no vocabulary projection.
+Each block is Llama's: RMSNorm, attention, all_reduce, residual add, RMSNorm, gated MLP, all_reduce, residual add; plus
+Qwen3's norms of query and key if the shape has them. Projections into a block are split by columns, those out of it by
+rows, and one functional all_reduce sums the ranks' partial results. There is no embedding and no vocabulary projection.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from fusion_core._torch.distributed import functional_all_reduce
 from fusion_core.bench.shapes import Shape
 
 DTYPE = torch.bfloat16
-"""Of weights, activations and cache: what the models of all named shapes are published in."""
+"""The dtype of weights, activations and cache, in which the models of all named shapes are published."""
 
 
 class Norm(nn.Module):
-    """RMSNorm over the last dimension: float32 inside, the weight applied in the input's dtype, as Llama has it."""
+    """RMSNorm over the last dimension: computed in float32, the weight applied in the input's dtype, as in Llama."""
 
     def __init__(self, size: int, eps: float, common: torch.Generator) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class Norm(nn.Module):
 
 
 class Projection(nn.Module):
-    """This rank's share of a matrix, ``[rows, columns]``; results are of order 1, by the whole one's ``fan_in``."""
+    """This rank's shard of a matrix, ``[rows, columns]``; the whole one's ``fan_in`` keeps results of order 1."""
 
     def __init__(self, rows: int, columns: int, fan_in: int, own: torch.Generator) -> None:
         super().__init__()
@@ -47,10 +48,10 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of one new token per sequence over a full static cache; gives this rank's share of the sum.
+    """Attention of one new token per sequence over a full static cache; returns this rank's part of the sum.
 
-    The cache is ``[batch, context, heads, head_dim]``, filled at random but for the last position: the new token's,
-    which every call writes again. A batch smaller than the cache's uses its first rows.
+    The cache is ``[batch, context, heads, head_dim]`` with random values. Its last position is the new token's, which
+    every call writes again. A batch smaller than the cache's uses its first rows.
     """
 
     key: torch.Tensor
@@ -95,7 +96,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The gated MLP; gives this rank's share of the sum."""
+    """The gated MLP; returns this rank's part of the sum."""
 
     def __init__(self, shape: Shape, ranks: int, own: torch.Generator) -> None:
         super().__init__()
@@ -130,28 +131,25 @@ class Block(nn.Module):
         self.mlp = MLP(shape, ranks, own)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[batch, hidden]`` to the same, whole on every rank."""
+        """``[batch, hidden]`` to the same shape, complete on every rank."""
         x = x + self.summed(self.attention(self.attention_norm(x)))
         return x + self.summed(self.mlp(self.mlp_norm(x)))
 
     def summed(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' ``x``."""
-        from torch.distributed import _functional_collectives as funcol  # when first used: its import is slow
-
-        summed: torch.Tensor = funcol.all_reduce(x, "sum", self.group)
-        return summed
+        return functional_all_reduce(x, self.group)
 
 
 class Stack(nn.Module):
     """A stack of decoder layers and the last norm.
 
     Args:
-        shape: Sizes of a layer; each split evenly over the group.
-        layers: How many.
-        batch: The largest that it will be called with; the cache has room for it.
-        context: Tokens of each sequence in the cache, the new one included.
-        group: Whose ranks share the layers.
-        device: Of everything.
+        shape: Sizes of a layer; each is split evenly over the group.
+        layers: The number of layers.
+        batch: The largest batch size that it will be called with; it sizes the cache.
+        context: Tokens of each sequence in the cache, including the new one.
+        group: The process group over which the layers are split.
+        device: The device of all tensors.
 
     All ranks have the same norms; each has its own shards of the projections and its own heads of the cache.
     """
@@ -171,7 +169,7 @@ class Stack(nn.Module):
         self.norm = Norm(shape.hidden, shape.eps, common)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """One decode step of ``[batch, hidden]``, a token of each sequence; calling it again gives the same again."""
+        """One decode step of ``[batch, hidden]``, one token per sequence; repeated calls return the same result."""
         for block in self.blocks:
             x = block(x)
         out: torch.Tensor = self.norm(x)
@@ -179,7 +177,7 @@ class Stack(nn.Module):
 
 
 def tokens(shape: Shape, batch: int, device: torch.device) -> torch.Tensor:
-    """What goes into a stack: ``[batch, hidden]``, the same on every rank."""
+    """The input of a stack: ``[batch, hidden]``, the same on every rank."""
     generator = torch.Generator(device).manual_seed(batch)
     return torch.empty(batch, shape.hidden, dtype=DTYPE, device=device).normal_(generator=generator)
 
@@ -192,6 +190,6 @@ def rotations(shape: Shape, context: int) -> torch.Tensor:
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """``[batch, heads, head_dim]`` with the rotary embedding of one position, whose ``cos`` is ``[1, head_dim]``."""
+    """``[batch, heads, head_dim]`` with one position's rotary embedding; ``cos`` and ``sin`` are ``[1, head_dim]``."""
     half, rest = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-rest, half), dim=-1) * sin

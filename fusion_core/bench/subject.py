@@ -1,4 +1,4 @@
-"""What is measured: a function of the user's, or a named shape."""
+"""The subject of a measurement: the user's function, or a named shape."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ LAYERS, CONTEXT = 4, 1024
 
 
 class Function:
-    """What ``MODULE:FUNCTION`` gives, for every batch size where it has a parameter ``batch``.
+    """The user's function ``MODULE:FUNCTION``, called for every batch size if it has a parameter ``batch``.
 
     Args:
-        spec: As the user wrote it.
-        batches: What the user asked for; None for `BATCHES`.
+        spec: The name as the user wrote it.
+        batches: The batch sizes that the user gave; None for `BATCHES`.
 
     Raises:
-        ConfigError: where there is no such function, it needs other arguments, or batch sizes are asked of one
-            that takes none.
+        ConfigError: if there is no such function, if it needs other arguments, or if batch sizes are given and it has
+            no parameter ``batch``.
     """
 
     def __init__(self, spec: str, batches: Sequence[int] | None) -> None:
@@ -48,7 +48,7 @@ class Function:
         return self.spec
 
     def to_dict(self) -> dict[str, Any]:
-        """What it is, as plain JSON types."""
+        """The function's name as plain JSON types."""
         return {"function": self.spec}
 
     def call(self, batch: int | None) -> Call:
@@ -60,12 +60,12 @@ class Function:
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     try:
         return dict(inspect.signature(function).parameters)
-    except (ValueError, TypeError):  # of some that are not written in Python
+    except (ValueError, TypeError):  # some functions that are not written in Python have no signature
         return {}
 
 
 def _needed(function: Callable[..., Any]) -> list[str]:
-    """Names of arguments without which it cannot be called."""
+    """The names of a function's required arguments."""
     rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [
         name
@@ -76,10 +76,10 @@ def _needed(function: Callable[..., Any]) -> list[str]:
 
 @dataclass
 class NamedShape:
-    """A decoder stack of a named shape; `fusion_core.bench.stack` says what it is made of.
+    """A decoder stack of a named shape; see `fusion_core.bench.stack`.
 
     Raises:
-        ConfigError: for a name of no shape.
+        ConfigError: if no shape has this name.
     """
 
     name: str
@@ -95,22 +95,23 @@ class NamedShape:
         return f"{self.name}, {self.layers} layer{'s' * (self.layers > 1)}, context {self.context}"
 
     def to_dict(self) -> dict[str, Any]:
-        """What it is, as plain JSON types."""
+        """The shape's name and sizes as plain JSON types."""
         sizes = named(self.name, 1).to_dict()
         return {"shape": self.name, "sizes": sizes, "layers": self.layers, "context": self.context}
 
     def call(self, batch: int | None) -> Call:
-        """The stack and what goes into it; the same stack for every batch size.
+        """The stack and its input; the same stack for every batch size.
 
         Raises:
-            ConfigError: where the default process group's ranks cannot share it evenly.
+            ConfigError: if it cannot be split evenly over the default process group.
         """
         from fusion_core.bench.stack import Stack, tokens
 
         shape = named(self.name, dist.get_world_size())
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if self._stack is None:
-            group = dist.distributed_c10d._get_default_group()
+            group = dist.group.WORLD
+            assert group is not None
             self._stack = Stack(shape, self.layers, max(self.batches), self.context, group, device)
         return Call(self._stack, (tokens(shape, batch or 1, device),))
 
@@ -118,10 +119,10 @@ class NamedShape:
 def subject(
     function: str | None, shape: str | None, layers: int | None, context: int | None, batches: Sequence[int] | None
 ) -> Function | NamedShape:
-    """What the arguments of ``fusion-core bench`` name.
+    """The subject that the arguments of ``fusion-core bench`` name.
 
     Raises:
-        ConfigError: where they name both or neither, or what they name cannot be measured.
+        ConfigError: if they name both a function and a shape or neither, or if the subject cannot be measured.
     """
     if (function is None) == (shape is None):
         found = "neither MODULE:FUNCTION nor --shape" if shape is None else "both MODULE:FUNCTION and --shape"
@@ -131,7 +132,7 @@ def subject(
     assert function is not None
     for name, value in (("layers", layers), ("context", context)):
         if value is not None:
-            raise ConfigError(f"--{name} is given with MODULE:FUNCTION, needs --shape, whose stack it is of")
+            raise ConfigError(f"--{name} is given with MODULE:FUNCTION, needs --shape, whose stack it sizes")
     return Function(function, batches)
 
 
@@ -139,7 +140,7 @@ def parse_batches(text: str | None) -> tuple[int, ...] | None:
     """``"1,8"`` as numbers.
 
     Raises:
-        ConfigError: for anything else, and where a number comes twice.
+        ConfigError: for any other text, and for repeated numbers.
     """
     if text is None:
         return None

@@ -1,7 +1,7 @@
 """The command ``fusion-core``.
 
-Exit status: 0 done, 1 the answer is no, 2 the call was wrong, 130 it was interrupted, 141 the reader of stdout left.
-With ``--json``, plain JSON alone goes to stdout.
+Exit status: 0 success, 1 the answer is no, 2 a usage error, 130 interrupted, 141 the reader of stdout went away.
+With ``--json``, only plain JSON goes to stdout.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def main() -> None:
     except KeyboardInterrupt:  # while torch is imported, or while the interrupted command cleans up
         sys.exit(130)
     finally:
-        if "--json" in sys.argv:  # the answer is out: what libraries say when the interpreter ends is no part of it
+        if "--json" in sys.argv:  # the JSON is complete: what libraries print at exit must not follow it
             os.dup2(2, 1)
 
 
 def _check_streams() -> None:
-    """An answer that goes nowhere is a wrong call, and a character that the locale lacks is no reason to give none."""
+    """Exit if stdout is closed; print characters that the locale lacks as ``?`` instead of failing."""
     if sys.stderr is None:
-        # under its own number: what is opened next would take it, and libraries write to that
+        # as file descriptor 2: the next file opened would get that number, and libraries write to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     if sys.stdout is None:

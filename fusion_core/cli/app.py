@@ -1,4 +1,4 @@
-"""The application: every command of the package ``commands``, and what becomes of their errors."""
+"""The application: every command of the package ``commands``, and how their errors are printed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fusion_core.cli import commands
 from fusion_core.cli.output import stdout_to_stderr
 from fusion_core.errors import FusionError
 
-# Newer versions of typer bring their own click, older ones use the package: typer's own subclass knows which.
+# Newer versions of typer include a copy of click, older ones import it: the base of typer's own class is the right one.
 _ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 CLOSED_PIPE = 141
-"""Exit status where the reader of stdout left: 128 and the number of SIGPIPE, as shells report it of other programs."""
+"""Exit status if the reader of stdout went away: 128 plus the number of SIGPIPE, as shells report it."""
 
 
 class _Group(TyperGroup):
-    """Says every error as one sentence on stderr, without a traceback, and exits by the project's statuses."""
+    """Prints each error as one sentence on stderr, without a traceback; exits with a status of `fusion_core.cli`."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Parse, run and exit."""
@@ -42,7 +42,7 @@ class _Group(TyperGroup):
         except SystemExit as ended:
             if not isinstance(ended.__context__, BrokenPipeError):
                 raise
-            # typer makes status 1 of it, which here means that the answer is no
+            # typer turns it into status 1, which here means that the answer is no
             _fail("stdout was closed before all was written, needs a reader that reads to the end", CLOSED_PIPE)
         except Exception as error:
             if not isinstance(error, _ClickException):
@@ -52,26 +52,26 @@ class _Group(TyperGroup):
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:
-    if message:  # a call without a command has shown the help, and has nothing to add
-        with suppress(OSError):  # stderr may be the same full disk
+    if message:  # empty after a call without a command, which printed the help
+        with suppress(OSError):  # stderr may be on the same full disk
             typer.echo(f"fusion-core: {message}", err=True)
     _drop_unwritten()
     sys.exit(status)
 
 
 def _sentence(error: OSError) -> str:
-    """What the system refused: of a full disk, of stdout that cannot be written."""
+    """The message for an error of the operating system, such as a full disk."""
     where = f"{error.filename!r}: " if error.filename is not None else ""
     return f"{where}{error.strerror or error}, needs a place that can be written and read"
 
 
 def _drop_unwritten() -> None:
-    """What could not be written would fail again when the interpreter ends, behind the sentence that says so."""
+    """Discard unwritten output, which would fail again at exit, after the error was printed."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
-            with suppress(OSError, ValueError):  # a stream of a test has no number
+            with suppress(OSError, ValueError):  # a test's stream has no file descriptor
                 nothing = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nothing, stream.fileno())
                 os.close(nothing)
@@ -88,7 +88,7 @@ def _make() -> typer.Typer:
 
     @made.callback()
     def _root() -> None:
-        """A callback keeps commands named even while there is one alone."""
+        """Without a callback, typer would drop the command's name if there were only one command."""
 
     for found in pkgutil.iter_modules(commands.__path__):
         module = importlib.import_module(f"{commands.__name__}.{found.name}")
@@ -97,7 +97,7 @@ def _make() -> typer.Typer:
 
 
 def _json_alone(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, with nothing but its own JSON on stdout where that is asked for: plugins print as they like."""
+    """The command, with only its own JSON on stdout if ``--json`` is given: plugins may print too."""
 
     @functools.wraps(command)
     def run(*, as_json: bool, **given: Any) -> None:
@@ -111,4 +111,4 @@ def _json_alone(command: Callable[..., None]) -> Callable[..., None]:
 
 
 app = _make()
-"""What `typer.testing.CliRunner` runs; `fusion_core.cli.main` is the program."""
+"""The application for `typer.testing.CliRunner`; the program is `fusion_core.cli.main`."""

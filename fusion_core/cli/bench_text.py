@@ -1,4 +1,4 @@
-"""What was measured, as lines for a person."""
+"""The measurements of ``fusion-core bench`` as text."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rich.table import Table
 
 from fusion_core.bench.result import Outcome, Row
 from fusion_core.cli.output import table
-from fusion_core.plotting import Bar, Line, Panel, bars
+from fusion_core.cli.plotting import Bar, Line, Panel, bars
 
 
 def grid(outcome: Outcome) -> Table:
-    """A line for each batch size."""
+    """A table with a row for each batch size."""
     right = ("batch", "plain µs", "fused µs", "gain", "in single rounds", "results differ by")
     rows = table(*right[:5], "fused sites", "strategies", right[5], right=right)
     for row in outcome.rows:
@@ -46,7 +46,7 @@ def panel(outcome: Outcome, title: str) -> Panel:
 
 
 def notes(outcome: Outcome, dynamic: bool, budget: float | None) -> Iterator[str]:
-    """What a reader of the numbers has to know."""
+    """Notes that a reader of the numbers needs."""
     for row in outcome.rows:
         where = "" if row.batch is None else f"batch {row.batch}: "
         for reason in row.fusion.fell_back:
@@ -54,13 +54,13 @@ def notes(outcome: Outcome, dynamic: bool, budget: float | None) -> Iterator[str
         if row.cudagraph_skips:
             yield f"{where}CUDA graphs were skipped {row.cudagraph_skips} times: the times are not those of graphs"
     if again := [str(row.batch) for row in outcome.rows[1:] if dynamic and row.new_graph]:
-        yield f"a graph was compiled anew for batch {', '.join(again)}: torch has one of its own for a size of 1"
+        yield f"another graph was compiled for batch {', '.join(again)}: torch compiles a separate one for a size of 1"
     if any(not row.fusion.sites for row in outcome.rows):
         yield "no all_reduce in the graph, nothing to fuse: tensor parallelism by functional collectives has some"
     elif any(row.fusion.fused < row.fusion.sites for row in outcome.rows):
-        yield "not every place was fused: --json has the reports that say why, fusion-core explain shows one"
+        yield "not every site was fused: --json has the reports with the reasons, fusion-core explain shows one"
     if outcome.device == "cpu":
-        yield "times on a CPU say nothing of a GPU, where backends with kernels of their own come before reference"
+        yield "times on a CPU do not predict those on a GPU, where backends with fused kernels come before reference"
     if outcome.left_out:
         left = ", ".join(map(str, outcome.left_out))
         yield f"left out, as --budget {budget:g} had no time for it: " + (f"batch {left}" if left != "None" else "all")
@@ -80,4 +80,4 @@ def _strategies(row: Row) -> str:
 def _difference(row: Row) -> str:
     if row.difference is None:
         return "not compared"
-    return f"{row.difference:.4f}" if math.isfinite(row.difference) else "no number"
+    return f"{row.difference:.4f}" if math.isfinite(row.difference) else "not finite"

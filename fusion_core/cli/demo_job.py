@@ -1,6 +1,6 @@
-"""What the workers of ``fusion-core demo`` do: build a Llama, load it in shards, run it with and without fusion.
+"""The jobs of the workers of ``fusion-core demo``: build a Llama, load it in shards, run it with and without fusion.
 
-Workers live from call to call, and keep the model between them.
+Workers keep the model from one call to the next.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import sys
 import time
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
+
+from fusion_core._torch.devices import only_cpu
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 256,
@@ -34,11 +35,11 @@ class Run:
     """One way of running the model, on one rank.
 
     Attributes:
-        logits: What it gave.
-        compile_seconds: Until the first call was back.
-        call_seconds: The mean of later calls.
-        collectives: Name of a collective → how often one call asked the process group for it.
-        reports: Of what fusion_core decided, as plain types.
+        logits: The logits.
+        compile_seconds: Seconds of the first call, which compiles.
+        call_seconds: Mean seconds of later calls.
+        collectives: Name of a collective → how often one call ran it on the process group.
+        reports: The reports of fusion_core as plain types.
     """
 
     logits: torch.Tensor
@@ -49,7 +50,7 @@ class Run:
 
 
 _models: dict[str, Any] = {}
-"""The model of this process, kept from `load` on."""
+"""The model of this process, set by `load`."""
 
 
 def build(path: str, layers: int, dtype: str) -> int:
@@ -65,20 +66,20 @@ def build(path: str, layers: int, dtype: str) -> int:
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # else all ones, and a lost norm weight would not show
+            if "norm" in name:  # by default all ones, so that a missing norm weight would not show
                 parameter.uniform_(0.5, 1.5)
     model.to(getattr(torch, dtype)).save_pretrained(path)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def load(path: str, dtype: str) -> None:
-    """Load this rank's shard of the model, by the library's own tensor parallelism."""
+    """Load this rank's shard of the model with the tensor parallelism of transformers."""
     transformers = _transformers()
     parallel = importlib.import_module("transformers.distributed").DistributedConfig(
         tp_plan="auto", tp_size=dist.get_world_size()
     )
-    # The library takes the accelerator that torch was built for, even where there is none; this is a demo on the CPU.
-    with mock.patch.object(torch._C, "_get_accelerator", return_value=torch.device("cpu")):
+    # transformers picks the accelerator that torch was built for, even if there is none; this demo runs on the CPU.
+    with only_cpu():
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), distributed_config=parallel
         )
@@ -86,7 +87,7 @@ def load(path: str, dtype: str) -> None:
 
 
 def compiled(backend: str) -> Run:
-    """Compile the model by a backend of torch.compile, and run it."""
+    """Compile the model with a backend of torch.compile, and run it."""
     from fusion_core.report import history
 
     model: Any = torch.compile(_models["sharded"], backend=backend, dynamic=False)
@@ -110,7 +111,7 @@ def exact(path: str) -> torch.Tensor | None:
         return None
     model = _transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
     for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":  # which computes in float32, whatever it is given
+        if type(module).__name__ == "LlamaRMSNorm":  # it computes in float32 even for float64 inputs
             module.forward = _exact_norm(module.weight, module.variance_epsilon)
     with torch.no_grad():
         logits: torch.Tensor = model(_ids(), use_cache=False).logits
@@ -126,10 +127,10 @@ def _ids() -> torch.Tensor:
 
 
 def _collectives(call: Any) -> dict[str, int]:
-    """How often a call asks a process group for each collective.
+    """How often a call runs each collective on a process group.
 
-    Every request to a ProcessGroup goes through an operator ``c10d::*``, whether eager code or compiled code makes it;
-    the profiler sees them all. Counting functional collectives would miss those that do not come from a graph.
+    Eager and compiled code both reach a ProcessGroup through an operator ``c10d::*``, which the profiler records.
+    Counting functional collectives would miss those that do not come from a graph.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         call()
@@ -138,7 +139,7 @@ def _collectives(call: Any) -> dict[str, int]:
 
 
 def _keep_quiet() -> None:
-    """Stdout belongs to the command's answer: what workers say goes to stderr, and progress bars nowhere."""
+    """Send the workers' output to stderr, since stdout is for the command's answer, and turn progress bars off."""
     os.dup2(2, 1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler's engine
@@ -148,10 +149,10 @@ def _keep_quiet() -> None:
 
 
 def _transformers() -> Any:
-    """The library, untyped: type checks then need not have it.
+    """The library transformers, untyped, so that mypy does not need it.
 
-    It imports torchao wherever that is installed, for quantised models, and torchao talks of libraries that it cannot
-    load. This model is not quantised: for this process torchao is not installed.
+    It imports torchao if that is installed, for quantised models, and torchao prints warnings about libraries that it
+    cannot load. This model is not quantised, so torchao is hidden from this process.
     """
-    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # Python's own way to say that there is none
+    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # None makes Python's import raise ImportError
     return importlib.import_module("transformers")

@@ -1,4 +1,4 @@
-"""What ``fusion-core demo`` measured, and its verdict."""
+"""The measurements of ``fusion-core demo`` and its verdict."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fusion_core.cli.demo_job import Run
 from fusion_core.report.report import Report
 
 TOLERANCE = 1.2
-"""The fused model may be this much farther from float64 than the unfused one: rounding differs, and may not grow."""
+"""The fused model's error against float64 may be this many times the unfused one's, as rounding differs."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What was run."""
+    """The model and the process group of the run."""
 
     layers: int
     world_size: int
@@ -26,7 +26,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run, beside float64."""
+    """One run, compared with float64."""
 
     fused: int
     compile_seconds: float
@@ -37,7 +37,7 @@ class Measured:
 
     @classmethod
     def of(cls, run: Run, exact: torch.Tensor) -> Measured:
-        """The run, measured; ``exact`` are the logits in float64."""
+        """The measurements of a run; ``exact`` contains the logits in float64."""
         error = run.logits.double() - exact
         return cls(
             sum(site["strategy"] is not None for report in run.reports for site in report["sites"]),
@@ -62,7 +62,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Result:
-    """All that the demo found."""
+    """All results of the demo."""
 
     setup: Setup
     unfused: Measured
@@ -85,15 +85,15 @@ class Result:
 
     @property
     def needed(self) -> int:
-        """The all_reduces of the model, each of which is to be fused.
+        """The number of all_reduces in the model, each of which must be fused.
 
-        One after each attention and each MLP, and one more where this version of transformers shards the embedding.
+        One after each attention and each MLP, and one more if this version of transformers shards the embedding.
         """
         return max(2 * self.setup.layers, self.unfused.collectives.get("allreduce", 0))
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Why the answer is no; empty where all is well. What is not a number is a problem."""
+        """Why the demo failed; empty if it passed. A NaN counts as a problem."""
         found = []
         if self.fused.fused < self.needed:
             found.append(f"{self.fused.fused} all_reduces were recognised, needs {self.needed}")

@@ -1,4 +1,4 @@
-"""What torchrun says of a process in its environment, checked before anything is started by it."""
+"""The environment variables that torchrun sets for a process, checked before they are used."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fusion_core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those that were started together.
+    """This process's place among the processes of one torchrun job.
 
     Attributes:
-        rank: Its number.
-        world_size: How many there are.
-        local_rank: Its number on this host.
-        local_world_size: How many there are on this host.
+        rank: Its rank.
+        world_size: The number of processes.
+        local_rank: Its rank on this host.
+        local_world_size: The number of processes on this host.
     """
 
     rank: int
@@ -26,10 +26,10 @@ class Launch:
 
 
 def launch() -> Launch | None:
-    """What the environment says; None where torchrun did not start this process.
+    """Read the environment; None if torchrun did not start this process.
 
     Raises:
-        ConfigError: where the environment says something that cannot be.
+        ConfigError: if a variable is missing or has an impossible value.
     """
     there = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if not there:
@@ -49,7 +49,7 @@ def launch() -> Launch | None:
 
 
 def _number(name: str, least: int, end: int | None = None) -> int:
-    """A variable as a whole number from ``least`` on, below ``end``."""
+    """A variable as a whole number, at least ``least`` and below ``end``."""
     text = os.environ[name]
     if not (text.isascii() and text.isdigit() and int(text[:20]) >= least and (end is None or int(text[:20]) < end)):
         needs = f"a whole number from {least} on" if end is None else f"a whole number from {least} to {end - 1}"

@@ -1,4 +1,4 @@
-"""What a report about a machine needs to say about it, as plain JSON types."""
+"""A description of this machine for reports, as plain JSON types."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fusion_core.site import Device
 from fusion_core.tables.machine import installed_versions
 
 SETTINGS = ("FUSION_CORE_", "AITER_", "FLASHINFER_", "NCCL_", "TORCH_SYMM_MEM_", "PYTORCH_", "HSA_", "HIP_", "ROCR_")
-"""What settings of the environment begin with that kernels and their libraries read."""
+"""Prefixes of the environment variables that kernels and their libraries read."""
 
 
 def machine() -> dict[str, Any]:
@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
 
 
 def held(registry: Registry, backend: str, device: Device) -> Iterator[dict[str, Any]]:
-    """What a backend holds; where it cannot tell, one row that says why."""
+    """The memory that a backend holds; if its status raises, one row with the error."""
     try:
         for status in registry.status(backend, device):
             yield {"backend": backend, **dataclasses.asdict(status)}

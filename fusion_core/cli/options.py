@@ -12,11 +12,9 @@ from fusion_core.errors import ConfigError
 Json = Annotated[bool, typer.Option("--json", help="Print plain JSON on stdout, everything else on stderr.")]
 Order = Annotated[
     str | None,
-    typer.Option(
-        metavar="A,B", help="Use these backends alone, best first; 'none' for no backend.", show_default=False
-    ),
+    typer.Option(metavar="A,B", help="Use only these backends, best first; 'none' for no backend.", show_default=False),
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="Take a backend that fails to load for an error.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Treat a backend that fails to load as an error.")]
 Options = Annotated[
     str | None,
     typer.Option(metavar="A.X,B.Y", help="Switch on these options of backends.", show_default=False),
@@ -24,10 +22,10 @@ Options = Annotated[
 
 
 def make_config(order: str | None = None, strict: bool = False, options: str | None = None) -> FusionConfig:
-    """The configuration that the options ask for; the environment sets what they leave open.
+    """The configuration from these options; the environment provides the rest.
 
     Raises:
-        ConfigError: where the order, the options or a variable ``FUSION_CORE_*`` cannot be used.
+        ConfigError: if the order, the options or a variable ``FUSION_CORE_*`` cannot be used.
     """
     chosen: dict[str, tuple[str, ...] | bool] = {}
     if order is not None:

@@ -1,4 +1,4 @@
-"""What commands print: JSON or text on stdout, progress on stderr."""
+"""The output of commands: JSON or text on stdout, progress on stderr."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from rich.table import Table
 from fusion_core.errors import ConfigError
 
 WIDTH = 160
-"""Of tables that do not go to a terminal."""
+"""Columns of a table that is not printed to a terminal."""
 TRIAL = 4096
-"""Bytes that are written before a long measurement, to see that they can be."""
+"""Bytes of the trial file that is written before a long measurement."""
 
 
 def check_can_write(option: str, path: Path) -> None:
-    """Raise `ConfigError` where a file could not be written: to be asked before what takes long."""
+    """Raise `ConfigError` if a file could not be written; for use before a long measurement."""
     found = f"{option} is {str(path)!r}"
     needs = "needs a file in a folder that exists and can be written"
     if path.is_dir():
@@ -38,9 +38,9 @@ def check_can_write(option: str, path: Path) -> None:
 
 
 def try_to_write(folder: Path) -> None:
-    """Raise OSError where no file can be made and filled in a folder.
+    """Raise OSError if no file can be written in a folder.
 
-    A real one is, and removed: permissions alone say nothing of a file system that is full or read-only.
+    It writes and removes a real file: permissions do not show that a file system is full or read-only.
     """
     with tempfile.TemporaryFile(dir=folder) as trial:
         trial.write(bytes(TRIAL))
@@ -48,14 +48,14 @@ def try_to_write(folder: Path) -> None:
 
 
 _kept: list[tuple[TextIO, int]] = []
-"""Stdout as it was before each `stdout_to_stderr`: the stream, and a copy of its file's number."""
+"""Stdout before each `stdout_to_stderr`: the stream, and a duplicate of its file descriptor."""
 
 
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """Stdout belongs to the answer: what plugins, kernel libraries and the user's code say meanwhile goes to stderr.
+    """Redirect to stderr whatever plugins, kernel libraries and the user's code print: stdout is for the answer.
 
-    Whether they are Python or not, in this process or in one that it starts.
+    This includes output of native code and of child processes.
     """
     sys.stdout.flush()
     number = os.dup(1)
@@ -71,7 +71,7 @@ def stdout_to_stderr() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """Print plain JSON types on stdout, inside of `stdout_to_stderr` too."""
+    """Print plain JSON types on stdout, even inside `stdout_to_stderr`."""
     text = json.dumps(value, indent=2)
     if not _kept:
         typer.echo(text)
@@ -89,7 +89,7 @@ def print_json(value: Any) -> None:
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """An empty table without lines; the columns named by ``right`` are aligned to the right."""
+    """An empty table without borders; the columns in ``right`` are right-aligned."""
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left")
@@ -108,7 +108,7 @@ def show(content: Table) -> None:
 
 
 class Stages:
-    """Shows on stderr what takes long, where that is a terminal; keeps the seconds that each took."""
+    """Shows long stages on stderr if that is a terminal, and records how many seconds each took."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -125,7 +125,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str, text: str) -> Iterator[None]:
-        """One stage; ``name`` is its key in ``seconds``, ``text`` what is shown."""
+        """One stage; ``name`` is its key in ``seconds``, ``text`` is shown."""
         task = self._progress.add_task(text, total=1)
         start = time.monotonic()
         yield

@@ -1,4 +1,4 @@
-"""A process group for a model that a command runs: torchrun's where it started us, else one of this process alone."""
+"""A process group for a model that a command runs: torchrun's, or without torchrun one of this process alone."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fusion_core.plugins.registry import Registry
 
 
 class OnEveryRank(ConfigError):
-    """What all ranks raise alike, so that none is left alone in a collective."""
+    """An error that all ranks raise at the same point, so that none of them waits in a collective."""
 
 
 @contextmanager
 def process_group() -> Iterator[int]:
-    """Have a default process group while the block runs; gives this process's rank.
+    """Provide a default process group for a block; yields this process's rank.
 
     Raises:
-        ConfigError: where the environment says something that cannot be, or no group comes up.
+        ConfigError: if the environment has an impossible value, or the group cannot be initialised.
     """
     if dist.is_initialized():
         yield dist.get_rank()
@@ -39,7 +39,7 @@ def process_group() -> Iterator[int]:
                 torch.cuda.set_device(launched.local_rank)
             dist.init_process_group()
         except (ValueError, RuntimeError) as error:
-            why = str(error).partition("\n")[0]  # torch adds a stack of C++
+            why = str(error).partition("\n")[0]  # torch appends a C++ stack trace
             raise ConfigError(f"no process group by the environment: {why}; start it with torchrun") from error
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
@@ -52,17 +52,17 @@ def process_group() -> Iterator[int]:
         raise
     finally:
         if dist.is_initialized() and not (failed and launched):  # after an error other ranks may hang in a collective
-            # A compiled model keeps its group, so destroying it ends none of gloo's threads; one that still drops the
-            # last collective's tensors calls std::terminate when the interpreter is ending.
+            # A compiled model keeps its group alive, so destroying it does not stop gloo's threads. A thread that still
+            # frees the last collective's tensors while the interpreter exits calls std::terminate.
             dist.barrier()
             dist.destroy_process_group()
 
 
 def check_same(**facts: Any) -> None:
-    """Raise on every rank where one has another value of a fact than rank 0. Collective, over the default group.
+    """Raise on every rank if any rank's value of a fact differs from rank 0's. Collective, over the default group.
 
     Raises:
-        OnEveryRank: names the rank, the fact and both values.
+        OnEveryRank: with the rank, the fact and both values.
     """
     values: list[Mapping[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(values, facts)
@@ -73,16 +73,16 @@ def check_same(**facts: Any) -> None:
 
 
 def choices(config: FusionConfig, registry: Registry) -> dict[str, Any]:
-    """What ranks must have alike to choose alike, as facts for `check_same`."""
+    """The facts that must be the same on all ranks for them to make the same choices, for `check_same`."""
     backends = [
-        f"{backend.name} ({backend.distribution}, {len(backend.strategies)} strategies)"
+        f"{backend.name} ({backend.distribution}, {len(backend.declared)} strategies)"
         for backend in registry.backends.values()
     ]
     return {"order": config.order, "options": config.options, "backends": ", ".join(backends)}
 
 
 def command() -> str:
-    """The command that started this process under torchrun, for records of what was measured."""
+    """The torchrun command that started this process, for the record of a measurement."""
     local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     nodes = f"--nnodes {world // local} " if world > local else ""
     return f"torchrun {nodes}--nproc-per-node {local} -m fusion_core {shlex.join(sys.argv[1:])}"

@@ -1,4 +1,4 @@
-"""What `fusion-core tune` measured, as lines for a person."""
+"""The measurements of ``fusion-core tune`` as text."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table as Grid
 
 from fusion_core.cli.output import table
+from fusion_core.cli.tune_drawing import drawing
 from fusion_core.tables.schema import UNFUSED
 from fusion_core.tables.table import Table
-from fusion_core.tune.crossovers import Range, crossovers, drawing, series
+from fusion_core.tune.crossovers import Range, crossovers, series
 from fusion_core.tune.sweep import Note
 
 
 def grid(measured: Table) -> Grid:
-    """A line for each range of token counts with one fastest path."""
+    """A table with a row for each range of token counts with one fastest path."""
     right = ("hidden", "tokens", "µs", "unfused µs", "times as fast")
     rows = table("pattern", "hidden", "tokens", "fastest", "µs", "unfused µs", "times as fast", right=right)
     before: tuple[str, int] | None = None
@@ -31,7 +32,7 @@ def grid(measured: Table) -> Grid:
 
 
 def _pairs(each: Range) -> tuple[tuple[tuple[float, float], int], ...]:
-    """Each with the digits that it is shown with."""
+    """The columns' values at both ends, each with its number of decimals."""
     return (each.us, 1), (each.unfused, 1), (each.gains, 2)
 
 
@@ -50,10 +51,10 @@ def drawings(measured: Table, *, ascii_only: bool) -> Iterator[str]:
 
 
 def notes(found: Sequence[Note]) -> Iterator[str]:
-    """A line for each reason and the places that it holds at: which paths of which patterns have no figure there."""
+    """A line for each reason why times are missing: the paths, the patterns and the sizes without a time."""
     places: dict[tuple[str, str, str], list[Note]] = {}
     for note in found:
-        kind = re.sub(r"\d+(\.\d+)?", "#", note.why)  # as it is at one size after another
+        kind = re.sub(r"\d+(\.\d+)?", "#", note.why)  # the reason without its numbers, which change with the size
         places.setdefault((kind, note.path, note.pattern), []).append(note)
     lines: dict[tuple[str, bool, str], tuple[str, list[str], list[str]]] = {}
     for (kind, path, pattern), own in places.items():
@@ -70,7 +71,7 @@ def notes(found: Sequence[Note]) -> Iterator[str]:
 
 
 def _names(found: Sequence[str]) -> str:
-    """The first two, and how many more: ``--json`` has all of them, point by point."""
+    """The first two names and the number of others; ``--json`` lists all of them."""
     first, more = [*dict.fromkeys(found)][:2], len({*found}) - 2
     return f"{', '.join(first)} and {more} more" if more > 0 else ", ".join(first)
 

@@ -1,4 +1,4 @@
-"""What becomes of a table that ``fusion-core tune`` measured: it is kept, and shown."""
+"""Writes and prints the table that ``fusion-core tune`` measured."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fusion_core import plotting
 from fusion_core._files import write_whole
+from fusion_core.cli import plotting
 from fusion_core.cli.output import check_can_write, print_json, show, try_to_write
 from fusion_core.errors import ConfigError
 from fusion_core.tables.store import CACHE_NEEDS, folder, save, to_json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def check_can_keep(output: Path | None, plot: Path | None) -> None:
-    """Raise `ConfigError` where a file could not be written: before, and not behind ten minutes of measuring."""
+    """Raise `ConfigError` if a file could not be written: before ten minutes of measurement, not after."""
     if plot is not None:
         plotting.check_can_save(plot)
         check_can_write("--plot", plot)
@@ -30,7 +30,7 @@ def check_can_keep(output: Path | None, plot: Path | None) -> None:
     there = folder()
     if not there.is_absolute():
         raise ConfigError(f"the table would be written to {there}, needs {CACHE_NEEDS}")
-    while not there.exists():  # what is missing will be made
+    while not there.exists():  # missing folders will be created
         there = there.parent
     try:
         try_to_write(there)
@@ -41,10 +41,10 @@ def check_can_keep(output: Path | None, plot: Path | None) -> None:
 
 
 def finish(tuned: Tuned, output: Path | None, plot: Path | None, as_json: bool, seconds: float) -> None:
-    """Keep the table, and print what is in it.
+    """Write the table to its file, and print it.
 
     Raises:
-        ConfigError: where it cannot be kept; it is printed all the same.
+        ConfigError: if it cannot be written; it is printed first.
     """
     path, unkept = None, None
     try:
@@ -61,7 +61,7 @@ def finish(tuned: Tuned, output: Path | None, plot: Path | None, as_json: bool, 
 
 
 def _keep(table: Table, output: Path | None, plot: Path | None) -> Path:
-    from fusion_core.tune.crossovers import panels
+    from fusion_core.cli.tune_drawing import panels
 
     if output is None:
         path = save(table)
@@ -104,6 +104,6 @@ def _show(tuned: Tuned, path: Path | None, seconds: float) -> None:
     for line in text.notes(tuned.notes):
         typer.echo(line)
     if tuned.table is None:
-        typer.echo("nothing was measured: no table was written; fusion-core backends says what can be used here")
+        typer.echo("nothing was measured: no table was written; fusion-core backends lists what can be used here")
     elif path is not None:
         typer.echo(f"\n{len(tuned.table.rows)} points in {seconds:.0f} s, written to {path}")

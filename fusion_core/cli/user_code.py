@@ -1,4 +1,4 @@
-"""What the command line says where the user's own code raises."""
+"""The message of the command line when the user's own code raises."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def failed(error: BaseException) -> typer.Exit:
-    """Show what the user's own code raised, from where fusion_core's ends; the end of the command."""
+    """Print the traceback of an error in the user's code, without fusion_core's frames; returns the exit to raise."""
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
         trace = trace.tb_next

@@ -5,85 +5,91 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fusion_core.config import DETERMINISTIC
-from fusion_core.decision import Figure
+from fusion_core.decision import Timing
 from fusion_core.patterns.definition import Pattern
-from fusion_core.plugins.asking import looks_at_tokens, said
+from fusion_core.plugins.asking import Answers, looks_at_tokens, text_of
 from fusion_core.plugins.registry import Registry
 from fusion_core.plugins.strategy import Strategy
 from fusion_core.reason import Reason, Stage
 from fusion_core.site import Site
 
 
-def weigh(
-    strategy: Strategy, pattern: Pattern, site: Site | Reason, registry: Registry, found: Figure | None = None
+def evaluate(
+    strategy: Strategy, pattern: Pattern, answers: Answers, registry: Registry, found: Timing | None = None
 ) -> tuple[Stage, tuple[Reason, ...]]:
-    """How far one strategy gets at one site by itself; `Stage.CHOSEN` where nothing speaks against it.
+    """How far one strategy gets at one site, regardless of others; `Stage.CHOSEN` if nothing speaks against it.
 
     Args:
         strategy: The strategy.
         pattern: Its pattern.
-        site: Where that stands, or why it does not.
-        registry: What is installed and configured.
-        found: What was measured of it there.
+        answers: The answers of its site.
+        registry: The installed backends and the configuration.
+        found: Its timing at the site; None if it was not measured.
     """
-    stage, reasons = able(strategy, pattern, site, registry)
-    if stage is not Stage.CHOSEN:
-        return stage, reasons
-    assert isinstance(site, Site)
-    return worth(strategy, site, registry, found)
+    stage, reasons = can_run(strategy, pattern, answers, registry)
+    return should_run(strategy, answers, registry, found) if stage is Stage.CHOSEN else (stage, reasons)
 
 
-def worth(strategy: Strategy, site: Site, registry: Registry, found: Figure | None) -> tuple[Stage, tuple[Reason, ...]]:
+def should_run(
+    strategy: Strategy, answers: Answers, registry: Registry, found: Timing | None
+) -> tuple[Stage, tuple[Reason, ...]]:
     """Whether a strategy that can run at a site of known size should, and may: `Stage.CHOSEN`, or why not."""
-    if reasons := unprofitable(strategy, site, registry, found):
+    if reasons := why_not_faster(strategy, answers.site, registry, found, lambda: answers.unmet(strategy.worthwhile)):
         return Stage.WORTHWHILE, reasons
     if reasons := strategy.switched_off(registry.config):
         return Stage.OPTION, reasons
     return Stage.CHOSEN, ()
 
 
-def able(
-    strategy: Strategy, pattern: Pattern, site: Site | Reason, registry: Registry
+def can_run(
+    strategy: Strategy, pattern: Pattern, where: Answers | Reason, registry: Registry
 ) -> tuple[Stage, tuple[Reason, ...]]:
-    """Whether a strategy can run at a site, whatever it costs: `Stage.CHOSEN`, or how far it gets and why not on."""
-    if isinstance(site, Site) and (reasons := registry.unavailable(strategy.backend, site.device)):
+    """Whether a strategy can run at a site, regardless of speed: `Stage.CHOSEN`, or the stage that it fails and why.
+
+    Args:
+        strategy: The strategy.
+        pattern: Its pattern.
+        where: The answers of its site, or the reason why the pattern does not match.
+        registry: The installed backends and the configuration.
+    """
+    if isinstance(where, Reason):
+        return Stage.STRUCTURE, (where,)
+    if reasons := registry.unavailable(strategy.backend, where.site.device):
         return Stage.UNAVAILABLE, reasons
-    if isinstance(site, Reason):
-        return Stage.STRUCTURE, (site,)
-    reasons = strategy.cannot(site, pattern)
+    reasons = strategy.unmet(where, pattern)
     if registry.config.numerics == DETERMINISTIC:
-        reasons += _not_for_every_batch(strategy, site)
+        reasons += _not_for_every_batch(strategy, where.site)
     return (Stage.REQUIRES, reasons) if reasons else (Stage.CHOSEN, ())
 
 
 def _not_for_every_batch(strategy: Strategy, site: Site) -> tuple[Reason, ...]:
-    """Why a strategy gives a row other bits in another batch, or does not run there at all."""
+    """Why a strategy may give a row other bits in another batch, or not run there at all."""
     hint = "numerics='default' allows it"
     if not strategy.batch_invariant:
         found = f"{strategy.name} may give a row other bits in another batch"
         return (Reason("numerics", found, "a batch-invariant strategy", hint=hint),)
-    limits = [said(each) for each in strategy.requires if looks_at_tokens(each, site)]
+    limits = [text_of(each) for each in strategy.requires if looks_at_tokens(each, site)]
     found = f"{strategy.name} runs at some numbers of tokens only ({'; '.join(limits)})"
     return (Reason("numerics", found, "one that runs in every batch", hint=hint),) if limits else ()
 
 
-def unprofitable(
+def why_not_faster(
     strategy: Strategy,
     site: Site,
     registry: Registry,
-    found: Figure | None,
-    declared: Callable[[], tuple[Reason, ...]] | None = None,
+    found: Timing | None,
+    declared: Callable[[], tuple[Reason, ...]],
 ) -> tuple[Reason, ...]:
-    """Why a strategy that can run at a site of known size should not. What was measured goes before what is declared.
+    """Why a strategy that can run at a site of known size should not. Measurements take precedence over declarations.
 
-    Never for deterministic numerics: nothing about the batch may decide there.
+    Empty for deterministic numerics: there the choice must not depend on the batch.
 
     Args:
         strategy: The strategy.
         site: The site.
-        registry: What is installed and configured.
-        found: What was measured of it there.
-        declared: What it declares there; None to ask it.
+        registry: The installed backends and the configuration.
+        found: The strategy's timing at the site; None if it was not measured.
+        declared: Returns why the strategy's own ``worthwhile`` is unmet there.
     """
     config = registry.config
     if config.numerics == DETERMINISTIC:
@@ -93,6 +99,6 @@ def unprofitable(
     if takes and config.max_tokens is not None and tokens is not None and tokens > config.max_tokens:
         return (Reason("max_tokens", f"{tokens} tokens are more than max_tokens", f"at most {config.max_tokens}"),)
     if found is None:
-        return strategy.should_not(site) if declared is None else declared()
+        return declared()
     slower = found.slower()
     return () if slower is None else (slower,)

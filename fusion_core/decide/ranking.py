@@ -1,27 +1,27 @@
-"""Which of the strategies that can and should run is the best."""
+"""The order of the strategies that can and should run, best first."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusion_core.decision import Figure
+from fusion_core.decision import Timing
 from fusion_core.patterns.definition import Pattern
 from fusion_core.plugins.registry import Registry
 from fusion_core.plugins.strategy import Strategy
 
 TIE = 0.02
-"""Part of a time within which two measured ones are a tie: measuring anew may well turn them round."""
+"""Fraction of a time within which two timings are a tie: a new measurement may well reverse them."""
 
-Usable = tuple[Strategy, Pattern, Figure | None]
-"""A strategy that can and should run, its pattern, and what was measured of it."""
+Usable = tuple[Strategy, Pattern, Timing | None]
+"""A strategy that can and should run, its pattern, and its timing if it was measured."""
 
 
-def best_first(registry: Registry, usable: Sequence[Usable]) -> list[int]:
-    """The places of usable strategies, best first.
+def rank_indices(registry: Registry, usable: Sequence[Usable]) -> list[int]:
+    """The indices of usable strategies, best first.
 
-    Backends that the user put in an order come in that order. Then what was measured, the fastest first, where the
-    longest pattern wins a tie: it leaves the fewest kernels. Then the longest pattern, backends by name with reference
-    last, and the strategies' own rank and name.
+    The user's order of backends, if there is one, decides first. Measured strategies come next, the fastest first; the
+    longest pattern wins a tie, since it leaves the fewest kernels. The rest are ordered by the longest pattern, by
+    backend name with reference last, and by the strategies' own rank and name.
     """
     ordered = registry.config.order is not None
     tiers = {name: tier for tier, names in enumerate(registry.tiers) for name in names}

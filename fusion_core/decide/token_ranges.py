@@ -1,9 +1,9 @@
-"""What runs at a site whose token count is known only at run time: a choice for every count, made at compile time.
+"""The choice at a site whose token count is known only at run time: one for every count, made at compile time.
 
-A choice is made as for a site of that size. Requirements say at which counts their answers change (`Terms`), and those
-counts are looked at. A requirement that cannot say it is asked at each call: the choice is then a list, of which the
-first runs whose requirements the call meets. Which strategy is fastest is looked up at powers of two, and where that
-changes is found by halving.
+The choice for a count is that for a site of this size. Requirements list the counts at which their answers change
+(`Terms`), and the choice is made at those counts. A requirement that cannot list them is asked at each call. The choice
+is then a list, and the first entry whose requirements the call meets runs. Timings are looked up at powers of two. If
+the choice differs between two of these, bisection finds where it changes.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from fusion_core.config import DETERMINISTIC
-from fusion_core.decide.candidate import Candidate, Standing, Verdict
-from fusion_core.decide.eligibility import able, unprofitable
-from fusion_core.decide.measured import figure
-from fusion_core.decide.ranking import Usable, best_first
-from fusion_core.decision import Choice, Decision, Figure
+from fusion_core.decide.candidate import Candidate, PatternOutcome, SiteVerdict
+from fusion_core.decide.eligibility import can_run, why_not_faster
+from fusion_core.decide.measured import timing
+from fusion_core.decide.ranking import Usable, rank_indices
+from fusion_core.decision import Choice, Decision, Timing
 from fusion_core.dispatch.by_tokens import guarded
 from fusion_core.patterns.definition import Pattern
-from fusion_core.plugins.asking import Terms, said
+from fusion_core.plugins.asking import Answers, Terms, text_of
 from fusion_core.plugins.registry import Registry
 from fusion_core.plugins.strategy import Strategy
 from fusion_core.reason import Reason, Stage
@@ -32,108 +33,115 @@ from fusion_core.site.run_time import to_data
 BARE = "all_reduce"
 
 SAMPLES = tuple(1 << power for power in range(22))
-"""Token counts at which figures are looked at; between two that choose alike, no other choice is looked for."""
+"""Token counts at which timings are looked up; between two with the same choice, no other choice is searched for."""
 
 
 @dataclass(frozen=True, eq=False)
 class Eligible:
-    """A strategy that can run at some counts of a place, and what its requirements say by them."""
+    """A strategy that can run at some token counts of a site, and the answers of its requirements by count."""
 
     strategy: Strategy
-    standing: Standing
+    outcome: PatternOutcome
     requires: Terms
     worthwhile: Terms
 
     @classmethod
-    def of(cls, strategy: Strategy, standing: Standing) -> Eligible:
-        """Ask a strategy at a place."""
-        assert isinstance(standing.site, Site)
-        return cls(strategy, standing, *(Terms(e, standing.site) for e in (strategy.requires, strategy.worthwhile)))
+    def of(cls, strategy: Strategy, outcome: PatternOutcome) -> Eligible:
+        """Ask a strategy's requirements about a site."""
+        assert isinstance(outcome.answers, Answers)
+        return cls(strategy, outcome, *(Terms(e, outcome.answers) for e in (strategy.requires, strategy.worthwhile)))
 
     @property
     def pattern(self) -> Pattern:
         """The strategy's pattern."""
-        return self.standing.pattern
+        return self.outcome.pattern
 
     @property
     def defines(self) -> bool:
         """Whether it is its pattern's own definition."""
         return self.strategy.is_definition(self.pattern)
 
-    def asks(self, registry: Registry, found: Figure | None) -> tuple[int, ...]:
-        """What each call asks: places in the strategy's ``requires`` and, behind them, ``worthwhile``."""
+    def asks(self, registry: Registry, found: Timing | None) -> tuple[int, ...]:
+        """The requirements that each call asks: indices into the strategy's ``requires + worthwhile``."""
         measured = found is not None or registry.config.numerics == DETERMINISTIC
         later = () if measured else self.worthwhile.each_call
         return *self.requires.each_call, *(len(self.strategy.requires) + place for place in later)
 
 
-Alternatives = tuple[tuple[Eligible | None, Figure | None, tuple[int, ...]], ...]
-"""What runs at a token count, in order of preference: the last one asks nothing of the call."""
+Alternatives = tuple[tuple[Eligible | None, Timing | None, tuple[int, ...]], ...]
+"""What may run at a token count, in order of preference: the last one asks nothing of the call."""
 
 Chosen = tuple[Choice, tuple[int, ...]]
-"""A choice, and which requirements of its strategy each call asks."""
+"""A choice, and the indices of the requirements of its strategy that each call asks."""
+
+Refused = dict[str, tuple[Stage, tuple[Reason, ...]]]
+"""Strategy → why it is not chosen."""
+
+_known: WeakKeyDictionary[Registry, dict[str, tuple[str, tuple[Chosen, ...], Refused]]] = WeakKeyDictionary()
+"""The decision for all sites of one form, by the text of the form."""
 
 
-def judge_by_tokens(standings: Sequence[Standing], longest: Site, registry: Registry) -> Verdict:
-    """Ask every strategy at every token count, and make one candidate of what is chosen.
+def choose_per_token_range(outcomes: Sequence[PatternOutcome], longest: Site, registry: Registry) -> SiteVerdict:
+    """Evaluate every strategy at every token count, and combine the choices into one candidate.
 
     Args:
-        standings: The patterns at one all_reduce, the longest first.
-        longest: Where the longest of them stands.
-        registry: What is installed and configured.
+        outcomes: The patterns at one all_reduce, the longest first.
+        longest: The site of the longest of them that matches.
+        registry: The installed backends and the configuration.
     """
     decisions: dict[str, Decision] = {}
-    able_here: list[tuple[Strategy, Standing]] = []
-    for each in standings:
+    can_run_here: list[tuple[Strategy, PatternOutcome]] = []
+    for each in outcomes:
         for strategy in registry.strategies(each.pattern.name):
-            stage, reasons = able(strategy, each.pattern, each.site, registry)
+            stage, reasons = can_run(strategy, each.pattern, each.answers, registry)
             if stage is Stage.CHOSEN and (off := strategy.switched_off(registry.config)):
                 stage, reasons = Stage.OPTION, off
             decisions[strategy.name] = Decision(each.pattern.name, strategy.name, stage, reasons)
             if stage is Stage.CHOSEN:
-                able_here.append((strategy, each))
-    # the sites of a model's layers are mostly alike
-    form = repr([replace(each.site, node="") for each in standings if isinstance(each.site, Site)])
-    if form not in registry.chosen_by_tokens:
-        eligible = [Eligible.of(strategy, each) for strategy, each in able_here]
-        registry.chosen_by_tokens[form] = _choose(eligible, longest, registry)
-    pattern, chosen, refused = registry.chosen_by_tokens[form]
+                can_run_here.append((strategy, each))
+    # most layers of a model have sites of the same form
+    form = repr([replace(each.site, node="") for each in outcomes if isinstance(each.site, Site)])
+    known = _known.setdefault(registry, {})
+    if form not in known:
+        eligible = [Eligible.of(strategy, each) for strategy, each in can_run_here]
+        known[form] = _choose(eligible, longest, registry)
+    pattern, chosen, refused = known[form]
     for name, (stage, reasons) in refused.items():
         decisions[name] = replace(decisions[name], stage=stage, reasons=reasons)
     candidates = []
     if chosen:
-        place = next(each for each in standings if each.pattern.name == pattern)
-        candidates.append(_candidate(place, chosen, {strategy.name: strategy for strategy, _ in able_here}, registry))
-    return Verdict(longest, candidates, list(decisions.values()))
+        place = next(each for each in outcomes if each.pattern.name == pattern)
+        candidates.append(
+            _candidate(place, chosen, {strategy.name: strategy for strategy, _ in can_run_here}, registry)
+        )
+    return SiteVerdict(longest, candidates, list(decisions.values()))
 
 
-def _choose(
-    eligible: Sequence[Eligible], longest: Site, registry: Registry
-) -> tuple[str, tuple[Chosen, ...], dict[str, tuple[Stage, tuple[Reason, ...]]]]:
-    """The pattern to replace, what runs there, and why the others do not."""
+def _choose(eligible: Sequence[Eligible], longest: Site, registry: Registry) -> tuple[str, tuple[Chosen, ...], Refused]:
+    """The pattern to replace, the choices for it, and why the other strategies are not chosen."""
     found: tuple[str, tuple[Chosen, ...]] = ("", ())
     for pattern in dict.fromkeys(each.pattern.name for each in eligible):
-        # an operator runs a whole pattern, or the bare all_reduce with the rest of the pattern behind it
+        # an operator runs a whole pattern, or the bare all_reduce followed by the rest of the pattern
         here = [each for each in eligible if each.pattern.name in (pattern, BARE)]
         own = {each.strategy.name for each in here if each.pattern.name == pattern and not each.defines}
         chosen = choices(here, longest, registry) if own else ()
         if any(choice.strategy in own for choice, _ in chosen):
             found = pattern, chosen
             break
-    else:  # at most definitions, which Inductor takes apart, whatever the size
+    else:  # at most definitions, which Inductor decomposes at any size
         chosen = choices([each for each in eligible if each.defines], longest, registry)
         names = {choice.strategy for choice, _ in chosen}
         pattern = next((each.pattern.name for each in eligible if each.strategy.name in names), "")
         found = pattern, chosen
-    said = {choice.strategy for choice, _ in found[1]}
+    used = {choice.strategy for choice, _ in found[1]}
     others = {
-        each.strategy.name: _refusal(each, longest, registry) for each in eligible if each.strategy.name not in said
+        each.strategy.name: _refusal(each, longest, registry) for each in eligible if each.strategy.name not in used
     }
     return *found, others
 
 
 def choices(eligible: Sequence[Eligible], longest: Site, registry: Registry) -> tuple[Chosen, ...]:
-    """What runs from which token count on; empty where nothing but torch's own path ever does."""
+    """What runs from which token count on; empty if only torch's own path ever runs."""
 
     @functools.cache
     def best(tokens: int) -> Alternatives:
@@ -152,15 +160,15 @@ def choices(eligible: Sequence[Eligible], longest: Site, registry: Registry) -> 
     return made if any(choice.strategy for choice, _ in made) else ()
 
 
-def _chosen(first: int, each: Eligible | None, found: Figure | None, asks: tuple[int, ...]) -> Chosen:
+def _chosen(first: int, each: Eligible | None, found: Timing | None, asks: tuple[int, ...]) -> Chosen:
     if each is None:
         return Choice(first, None), ()
     declared = (*each.strategy.requires, *each.strategy.worthwhile)
-    return Choice(first, each.strategy.name, found, tuple(said(declared[place]) for place in asks)), asks
+    return Choice(first, each.strategy.name, found, tuple(text_of(declared[place]) for place in asks)), asks
 
 
 def _looked_at(eligible: Sequence[Eligible], registry: Registry) -> list[int]:
-    """Token counts to look at: samples, and both sides of each at which a requirement's answer may change."""
+    """Token counts to evaluate: the samples, and both sides of each count at which an answer may change."""
     changes = {count for each in eligible for terms in (each.requires, each.worthwhile) for count in terms.changes}
     if registry.config.max_tokens is not None:
         changes.add(registry.config.max_tokens + 1)
@@ -168,7 +176,7 @@ def _looked_at(eligible: Sequence[Eligible], registry: Registry) -> list[int]:
 
 
 def _change(name: Callable[[int], tuple[Any, ...]], low: int, high: int) -> int:
-    """The first token count at which another choice is made than at ``low``; at ``high`` one is."""
+    """The token count after ``low`` at which the choice changes, by bisection; at ``high`` it is another one."""
     before = name(low)
     while high - low > 1:
         middle = (low + high) // 2
@@ -180,12 +188,12 @@ def _best(eligible: Sequence[Eligible], longest: Site, registry: Registry, token
     usable: list[Usable] = []
     here: list[Eligible] = []
     for each in eligible:
-        found = figure(registry, each.strategy, each.pattern, longest, tokens)
+        found = timing(registry, each.strategy, each.pattern, longest, tokens)
         if not _hindrance(each, registry, tokens, found)[1]:
             usable.append((each.strategy, each.pattern, found))
             here.append(each)
-    preferred: list[tuple[Eligible | None, Figure | None, tuple[int, ...]]] = []
-    for place in best_first(registry, usable):
+    preferred: list[tuple[Eligible | None, Timing | None, tuple[int, ...]]] = []
+    for place in rank_indices(registry, usable):
         found = usable[place][2]
         preferred.append((here[place], found, here[place].asks(registry, found)))
         if not preferred[-1][2]:
@@ -194,21 +202,20 @@ def _best(eligible: Sequence[Eligible], longest: Site, registry: Registry, token
 
 
 def _hindrance(
-    each: Eligible, registry: Registry, tokens: int, found: Figure | None
+    each: Eligible, registry: Registry, tokens: int, found: Timing | None
 ) -> tuple[Stage, tuple[Reason, ...]]:
-    assert isinstance(each.standing.site, Site)
-    site = each.standing.site.at(tokens)
-    if reasons := each.requires.unmet(site):
+    answers = each.outcome.by_tokens(tokens)
+    if reasons := each.requires.unmet(answers):
         return Stage.REQUIRES, reasons
-    declared = functools.partial(each.worthwhile.unmet, site)
-    return Stage.WORTHWHILE, unprofitable(each.strategy, site, registry, found, declared)
+    declared = functools.partial(each.worthwhile.unmet, answers)
+    return Stage.WORTHWHILE, why_not_faster(each.strategy, answers.site, registry, found, declared)
 
 
 def _refusal(each: Eligible, longest: Site, registry: Registry) -> tuple[Stage, tuple[Reason, ...]]:
-    """Why a strategy that could run is chosen at no token count: by itself at the least one, or for another's sake."""
+    """Why a strategy is chosen at no token count: its own reasons at the smallest one, or that others come first."""
     nearest: tuple[Stage, tuple[Reason, ...]] | None = None
     for tokens in _looked_at([each], registry):
-        found = figure(registry, each.strategy, each.pattern, longest, tokens)
+        found = timing(registry, each.strategy, each.pattern, longest, tokens)
         stage, reasons = _hindrance(each, registry, tokens, found)
         if not reasons:
             return Stage.OUTRANKED, (Reason("outranked", "at each token count at which it pays another comes first"),)
@@ -218,7 +225,7 @@ def _refusal(each: Eligible, longest: Site, registry: Registry) -> tuple[Stage, 
 
 
 def _candidate(
-    place: Standing, chosen: tuple[Chosen, ...], known: dict[str, Strategy], registry: Registry
+    place: PatternOutcome, chosen: tuple[Chosen, ...], known: dict[str, Strategy], registry: Registry
 ) -> Candidate:
     assert place.match is not None
     assert isinstance(place.site, Site)

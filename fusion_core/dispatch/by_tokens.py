@@ -1,9 +1,9 @@
-"""The operators ``torch.ops.fusion_core.by_tokens_*``: one place run one way or another, decided when it runs.
+"""The operators ``torch.ops.fusion_core.by_tokens_*``, which pick one execution path of a site when they run.
 
-For every kernel in a group of several ranks. It runs where all ranks are about to run the same graph, and unfused
-where they are not (`kernel_calls`). Where the token count is known only at run time, it decides too: what runs from
-which count on was decided when the graph was compiled, and is in the graph as text. So a graph from the compile cache
-decides alike, and every rank compares the same count with the same text.
+Every kernel runs through one of them. In a group of several ranks the kernel runs if all ranks are about to run the
+same graph; otherwise the site runs unfused (`kernel_calls`). The operator also picks by token count if that is known
+only at run time. Which strategy runs from which count on was decided at compile time, and is in the graph as text. So a
+graph from the compile cache makes the same choices, and every rank compares the same count with the same text.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
+from fusion_core._cuda import is_capturing
+from fusion_core._json.values import decode_scalar, encode_scalar
 from fusion_core.agree.kernel_calls import Calls, calls_of
 from fusion_core.config import FusionConfig
-from fusion_core.dispatch.path import Path, Place, Rest
+from fusion_core.dispatch.path import BoundPattern, Epilogue, ExecutionPath
 from fusion_core.dispatch.preferences import Preferences
-from fusion_core.errors import BackendError
+from fusion_core.dispatch.strides import Strides, fake_results
+from fusion_core.errors import BackendError, RanksDiffer
+from fusion_core.groups import resolved
+from fusion_core.lift.operator_call import BY_ARGUMENT
 from fusion_core.match.matcher import Match
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.plugins.registry import Registry
 from fusion_core.plugins.requirements import Requirement
 from fusion_core.plugins.strategy import Strategy
-from fusion_core.workspaces.per_group import capturing
 
 MOST_OUTPUTS = 6
-"""An operator's schema says how many results it has; patterns have up to five."""
+"""The schema of an operator fixes its number of results; patterns have up to five."""
 NAMES = tuple(f"fusion_core::by_tokens_{count}" for count in range(1, MOST_OUTPUTS + 1))
 
 _LIBRARY = torch.library.Library("fusion_core", "DEF")
@@ -45,19 +48,20 @@ _patterns: dict[str, Pattern] = {pattern.name: pattern for pattern in CORE_PATTE
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs at a place, from which token count on.
+    """What runs at a site from which token count on.
 
     Attributes:
         pattern: The pattern's name.
-        live: The outputs that are wanted.
-        names: The tensors beside x.
-        scalars: The pattern's scalars, the process group among them.
-        paths: The token counts from which on another strategy runs, and its name; None for torch's all_reduce. Of
-            several from one count on, the first runs whose requirements the call meets.
-        settings: Strategy → what the user set that it takes.
-        asks: For each path the requirements that each call asks, as places in the strategy's ``requires`` and, behind
-            them, ``worthwhile``. Empty where none asks any.
-        form: What the site of a call is made of (`fusion_core.site.run_time`); None where no path asks anything.
+        live: The outputs that are used.
+        names: The tensors besides x.
+        scalars: The pattern's scalars, including the process group.
+        paths: Pairs of a token count and the name of the strategy that runs from it on; None for torch's all_reduce. Of
+            several paths from one count on, the first runs whose requirements the call meets.
+        settings: Strategy → the user's settings that it takes.
+        asks: For each path the requirements that each call asks, as indices into the strategy's
+            ``requires + worthwhile``. Empty if no path asks any.
+        form: The data from which the site of a call is made (`fusion_core.site.run_time`); None if no path asks any.
+        rank: The rank whose part of a vector the graph uses; None for a pattern that is alike on all ranks.
     """
 
     pattern: str
@@ -68,12 +72,13 @@ class Plan:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     asks: tuple[tuple[int, ...], ...] = ()
     form: list[Any] | None = None
+    rank: int | None = None
 
     @property
-    def place(self) -> Place:
+    def place(self) -> BoundPattern:
         """The pattern with everything bound but its tensors."""
         scalars = {name: value for name, value in self.scalars.items() if name != GROUP}
-        return Place(pattern_of(self.pattern), self.live, self.names, scalars, self.scalars[GROUP])
+        return BoundPattern(pattern_of(self.pattern), self.live, self.names, scalars, self.scalars[GROUP])
 
     def text(self) -> str:
         """As JSON, the same for equal plans."""
@@ -82,49 +87,39 @@ class Plan:
                 self.pattern,
                 self.live,
                 self.names,
-                {name: _said(value) for name, value in self.scalars.items()},
+                {name: encode_scalar(value) for name, value in self.scalars.items()},
                 self.paths,
                 self.settings,
                 self.asks,
                 self.form,
+                self.rank,
             ],
             separators=(",", ":"),
         )
 
     def without_group(self) -> Plan:
-        """The plan as ranks compare it, which may call one group by several names."""
-        return replace(self, scalars={name: value for name, value in self.scalars.items() if name != GROUP})
+        """The plan as ranks compare it: they may have several names for one group, and each is another rank."""
+        return replace(self, scalars={name: value for name, value in self.scalars.items() if name != GROUP}, rank=None)
 
     @classmethod
     def of(cls, text: str) -> Plan:
-        """The plan that `text` gave."""
-        pattern, live, names, scalars, paths, settings, asks, form = json.loads(text)
+        """The plan that `text` serialized."""
+        pattern, live, names, scalars, paths, settings, asks, form, rank = json.loads(text)
         return cls(
             pattern,
             tuple(live),
             tuple(names),
-            {name: _heard(value) for name, value in scalars.items()},
+            {name: decode_scalar(value) for name, value in scalars.items()},
             tuple((first, strategy) for first, strategy in paths),
             settings,
             tuple(map(tuple, asks)),
             form,
+            rank,
         )
 
 
-def _said(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"a scalar is {value!r}, needs a number, text, a dtype or None")
-
-
-def _heard(value: Any) -> Any:
-    return getattr(torch, value["dtype"]) if isinstance(value, dict) else value
-
-
 def _asked(plan: Plan, place: int) -> tuple[Requirement, ...]:
-    """What each call asks before a path runs."""
+    """The requirements that each call asks before a path runs."""
     name = plan.paths[place][1]
     if name is None or not plan.asks:
         return ()
@@ -134,21 +129,28 @@ def _asked(plan: Plan, place: int) -> tuple[Requirement, ...]:
 
 
 class Runner:
-    """A plan in this process, with the strategies behind its names.
+    """A plan in this process, with the strategies that it names.
 
     Args:
         plan: The plan.
-        calls: The collectives of the graph that it is in; None for a place that is tried by itself.
+        calls: The collectives of its graph; None for a site that is run outside of a graph.
     """
 
     def __init__(self, plan: Plan, calls: Calls | None = None) -> None:
         self.place = plan.place
+        group = resolved(self.place.group)
+        if plan.rank is not None and group is not None and group.rank() != plan.rank:
+            raise RanksDiffer(
+                f"a graph of rank {plan.rank} of group {self.place.group!r}, which uses that rank's part of a vector, "
+                f"came from the compile cache on rank {group.rank()}; needs a cache of its own for each rank "
+                "(TORCHINDUCTOR_CACHE_DIR), or TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
+            )
         self._calls = calls
         self._kernels = tuple(name for _, name in plan.paths if name is not None)
-        self.rest = Rest(self.place)
+        self.rest = Epilogue(self.place)
         self.firsts = sorted({first for first, _ in plan.paths})
         self.paths = [
-            Path(
+            ExecutionPath(
                 self.place,
                 None if name is None else strategy_of(name),
                 None if name is None else plan.settings.get(name),
@@ -156,7 +158,7 @@ class Runner:
             )
             for _, name in plan.paths
         ]
-        self._unfused = Path(self.place, None, None, self.rest)
+        self._unfused = ExecutionPath(self.place, None, None, self.rest)
         asked = [
             (first, path, _asked(plan, n))
             for n, ((first, _), path) in enumerate(zip(plan.paths, self.paths, strict=True))
@@ -166,21 +168,21 @@ class Runner:
             for first in self.firsts
         ]
         self._prepared = not any(path.needs_rest for path in self.paths)
-        self._strides: dict[Any, tuple[tuple[int, ...], ...]] = {}
+        self._strides = Strides(self.place)
 
     def __call__(self, x: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The live outputs, in memory of their own; x may be overwritten."""
-        if x.numel() == 0:  # on every rank alike: nothing to send
-            return self._settled(x, others, self.place.rest(x.clone(), *others))
-        if not self._prepared and not capturing():
-            # now and not when a larger batch comes: compiling takes seconds
+        if x.numel() == 0:  # the same on every rank: nothing to send
+            return self._strides.settled(x, others, self.place.alone(x, *others))
+        if not self._prepared and not is_capturing():
+            # now, not at the first larger batch: compiling takes seconds
             self.rest.prepare(x, others)
             self._prepared = True
         tokens = x.numel() // x.shape[-1] if x.dim() else 1
         path = self._preferences[max(bisect_right(self.firsts, tokens) - 1, 0)](tuple(x.shape))
         if path.strategy is not None and self._hindered():
             path = self._unfused
-        return self._settled(x, others, path(x, others))
+        return self._strides.settled(x, others, path(x, others))
 
     def _hindered(self) -> bool:
         """Whether the ranks of the group do not all run this graph."""
@@ -188,44 +190,12 @@ class Runner:
             return False
         return group.hindrance(self._calls, self._kernels) is not None
 
-    def _settled(self, x: Tensor, others: Sequence[Tensor], results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The results with the strides that the graph was compiled for: kernels behind it take them for granted."""
-        if "scale" not in self.place.live and all(result.is_contiguous() for result in results):
-            return results
-        key = x.shape
-        if key not in self._strides:
-            self._strides[key] = tuple(fake.stride() for fake in _fakes(self.place, x, others))
-        return tuple(
-            result if result.stride() == strides else _restrided(result, strides)
-            for result, strides in zip(results, self._strides[key], strict=True)
-        )
-
-
-def _restrided(result: Tensor, strides: tuple[int, ...]) -> Tensor:
-    return torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)
-
-
-def _fakes(place: Place, x: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What the definition gives for tensors of these forms, without data."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode() as mode:
-        return _results(place, mode.from_tensor(x), [mode.from_tensor(other) for other in others])
-
-
-def _results(place: Place, x: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The definition's results on fake tensors: contiguous, but for scales, whose layout is a part of the pattern."""
-    results = place.definition(x.contiguous(), *(other.contiguous() for other in others))
-    return tuple(
-        result if name == "scale" else result.contiguous() for name, result in zip(place.live, results, strict=True)
-    )
-
 
 def strategy_of(name: str) -> Strategy:
     """The strategy of a name: one that a plan of this process uses, else an installed backend's.
 
     Raises:
-        BackendError: where there is none.
+        BackendError: if there is none.
     """
     if name not in _strategies:
         registry = _installed()
@@ -242,7 +212,7 @@ def pattern_of(name: str) -> Pattern:
     """The pattern of a name: core's, one of a plan of this process, or an installed backend's.
 
     Raises:
-        BackendError: where there is none.
+        BackendError: if there is none.
     """
     if name not in _patterns:
         _patterns.update(_installed().patterns)
@@ -267,7 +237,7 @@ def _run(x: Tensor, others: list[Tensor], plan: str, calls: str) -> Any:
 
 
 def _fake(x: Tensor, others: list[Tensor], plan: str, calls: str) -> Any:
-    results = _results(Plan.of(plan).place, x, others)
+    results = fake_results(Plan.of(plan).place, x, others)
     return results[0] if len(results) == 1 else results
 
 
@@ -275,12 +245,12 @@ for _count in range(1, MOST_OUTPUTS + 1):
     _returns = ", ".join(["Tensor"] * _count)
     _LIBRARY.define(f"by_tokens_{_count}(Tensor(a!) x, Tensor[] others, str plan, str calls) -> ({_returns})")
     _LIBRARY.impl(f"by_tokens_{_count}", _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fusion_core::by_tokens_{_count}", _fake, lib=_LIBRARY)
+    _LIBRARY.impl(f"by_tokens_{_count}", _fake, "Meta")  # not by register_fake, which looks through all loaded modules
 
 
 def is_guarded(traced: fx.GraphModule) -> bool:
-    """Whether a traced strategy is one of the operators of this module already."""
-    return any(node.target is auto_functionalized for node in traced.graph.nodes)
+    """Whether a traced strategy already runs one of the operators of this module."""
+    return any(node.target is BY_ARGUMENT for node in traced.graph.nodes)
 
 
 def guarded(
@@ -292,16 +262,16 @@ def guarded(
     asks: tuple[tuple[int, ...], ...] = (),
     form: list[Any] | None = None,
 ) -> Strategy:
-    """The operator that picks when it runs, as a strategy by the name of the first that it picks.
+    """The operator that picks a path when it runs, as a strategy with the name of the first one in ``paths``.
 
     Args:
-        match: The place.
-        paths: The token counts from which on another strategy runs, and its name; None for torch's all_reduce.
+        match: The match that it replaces.
+        paths: Which strategy runs from which token count on, as in `Plan`.
         used: The strategies of ``paths`` by name.
-        config: What the user set.
-        patterns: Those of strategies that are not for the place's own pattern.
-        asks: What each call asks before a path runs, as in `Plan`.
-        form: What the site of a call is made of, as in `Plan`.
+        config: The user's configuration.
+        patterns: The patterns of strategies that are not for the match's own pattern.
+        asks: The requirements that each call asks before a path runs, as in `Plan`.
+        form: The data from which the site of a call is made, as in `Plan`.
     """
     pattern = match.pattern
     live = tuple(match.outputs)
@@ -313,21 +283,22 @@ def guarded(
         if (settings := strategy.settings(patterns.get(strategy.pattern, pattern), config))
     }
     constants = {name: value for name, value in match.scalars.items() if name not in pattern.tensors}
-    plan = Plan(pattern.name, live, names, constants, paths, settings, asks, form)
+    rank = match.notes.get("rank")
+    plan = Plan(pattern.name, live, names, constants, paths, settings, asks, form, rank)
     first = next(iter(running.values()))
-    return replace(first, pattern=pattern.name, impl=emitted(plan, running, pattern), outputs=live)
+    return replace(first, pattern=pattern.name, impl=emitted(plan, running, pattern), outputs=live, arguments={})
 
 
 def emitted(plan: Plan, strategies: Mapping[str, Strategy], pattern: Pattern) -> Callable[..., tuple[Tensor, ...]]:
-    """What a graph gets for a plan: a function of the pattern's parameters by name to the live outputs.
+    """The function that a graph runs for a plan: from the pattern's parameters, by name, to the live outputs.
 
     Args:
-        plan: What runs from which token count on; its scalars are those of the place.
-        strategies: Those of the plan, by name.
-        pattern: The place's pattern.
+        plan: What runs from which token count on; its scalars are those of the site.
+        strategies: The strategies of the plan, by name.
+        pattern: The site's pattern.
     """
     if any(_strategies.get(name, strategy) is not strategy for name, strategy in strategies.items()):
-        _runner.cache_clear()  # other strategies of these names, of a registry that is gone
+        _runner.cache_clear()  # runners have other strategies of these names, from an earlier registry
     _strategies.update(strategies)
     _patterns[pattern.name] = pattern
     operator = getattr(torch.ops.fusion_core, f"by_tokens_{len(plan.live)}").default
@@ -335,8 +306,8 @@ def emitted(plan: Plan, strategies: Mapping[str, Strategy], pattern: Pattern) ->
 
     def run(**given: Any) -> tuple[Tensor, ...]:
         others = [given[name] for name in plan.names]
-        # x may be overwritten where nobody needs it any more: Inductor finds out, and copies it where somebody does
-        returned: Any = auto_functionalized(operator, x=given["x"], others=others, plan=text, calls="")
+        # x may be overwritten if nothing reads it later: Inductor finds out, and otherwise copies it
+        returned: Any = BY_ARGUMENT(operator, x=given["x"], others=others, plan=text, calls="")
         return tuple(returned[: len(plan.live)])
 
     return run

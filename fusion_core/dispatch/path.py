@@ -1,7 +1,7 @@
-"""One way to run a place outside of a graph: a strategy, or torch's all_reduce and what follows it in one kernel.
+"""One way to run a site outside of a graph: a strategy, or torch's all_reduce and one kernel for what follows it.
 
-What a graph of fixed sizes gets from Inductor around a strategy, an operator that chooses at run time has to bring
-itself: the rest of the pattern behind the all_reduce is compiled by Inductor, once for all token counts.
+In a graph of fixed sizes, Inductor compiles what surrounds a strategy. An operator that chooses at run time has to
+provide that itself: the rest of the pattern behind the all_reduce is compiled by Inductor, once for all token counts.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_core import _inductor
+from fusion_core import _cuda
+from fusion_core._torch import inductor
 from fusion_core.errors import blame
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.plugins.strategy import Strategy
 from fusion_core.vocabulary.operation import Step, Symbol
-from fusion_core.workspaces.per_group import capturing, outside
 
 BARE = "all_reduce"
 
@@ -27,13 +27,13 @@ Form = tuple[Any, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class BoundPattern:
     """A pattern with everything bound but its tensors.
 
     Attributes:
         pattern: The pattern.
-        live: The outputs that are wanted, in the pattern's order.
-        names: The tensors beside x that are given, in the pattern's order.
+        live: The outputs that are used, in the pattern's order.
+        names: The tensors besides x that are given, in the pattern's order.
         scalars: The pattern's scalars by name; those that are missing have their defaults.
         group: The process group's name.
     """
@@ -69,13 +69,22 @@ class Place:
 
     @property
     def bare(self) -> bool:
-        """Whether nothing follows the all_reduce."""
+        """Whether nothing follows the collective."""
         return not self._steps
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the collective is an all_reduce of x, which torch has a kernel for."""
+        return self.pattern.collective == BARE
 
     def rest(self, reduced: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """The live outputs, by the definition, from the sum and the tensors in the order of ``names``."""
-        known: dict[int, Any] = {id(self.pattern.steps[0].results[0]): reduced}
-        given = {**self._bound, **dict(zip(self.names, others, strict=True))}
+        return self._behind((reduced,), dict(zip(self.names, others, strict=True)))
+
+    def _behind(self, first: tuple[Tensor, ...], tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The live outputs, by the definition, from the results of the collective."""
+        known: dict[int, Any] = {id(s): v for s, v in zip(self.pattern.steps[0].results, first, strict=True)}
+        given = {**self._bound, **tensors}
 
         def value(operand: Any) -> Any:
             if not isinstance(operand, Symbol):
@@ -90,73 +99,98 @@ class Place:
 
     def definition(self, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """The live outputs, by the definition."""
-        first = self.pattern.steps[0]
-        return self.rest(first.operation.function(x, self.group), *others)
+        return self._from(self.pattern.steps[0].operation.function, x, others, {GROUP: self.group})
+
+    def alone(self, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """The live outputs, by the definition, as in a group of one rank: nothing is sent."""
+        function = self.pattern.steps[0].operation.alone
+        assert function is not None
+        return self._from(function, x, others, {})
+
+    def _from(
+        self, collective: Callable[..., Any], x: Tensor, others: Sequence[Tensor], more: Mapping[str, Any]
+    ) -> tuple[Tensor, ...]:
+        given = {"x": x, **dict(zip(self.names, others, strict=True))}
+        operands = self.pattern.steps[0].operands
+        tensors = {name: given[o.name] for name, o in operands.items() if isinstance(o, Symbol) and o.name in given}
+        first = collective(**tensors, **more)
+        return self._behind(first if isinstance(first, tuple) else (first,), given)
 
 
 @dataclass(eq=False)
-class Rest:
-    """What follows the all_reduce of a place, compiled once for each form of tensors and all token counts."""
+class Epilogue:
+    """What follows the all_reduce of a site, compiled once per form of tensors, for all token counts."""
 
-    place: Place
+    place: BoundPattern
     _compiled: dict[Form, Callable[..., Any]] = field(default_factory=dict)
 
     def __call__(self, reduced: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The live outputs; operator by operator in a capture that no `prepare` came before."""
+        """The live outputs. A capture without an earlier `prepare` runs operator by operator."""
         if self.place.bare:
             return (reduced,)
-        # compiled for these strides alone
+        # compiled for contiguous tensors only
         others = [each if each.is_contiguous() else each.contiguous() for each in others]
         found = self._compiled.get(_form(reduced, others))
         if found is None:
-            if capturing():
+            if _cuda.is_capturing():
                 return self.place.rest(reduced, *others)
             found = self.prepare(reduced, others)
         return tuple(found(reduced, *others))
 
     def prepare(self, reduced: Tensor, others: Sequence[Tensor]) -> Callable[..., Any]:
-        """Compile for tensors of this form, some seconds the first time on a machine; not to be called in a capture."""
+        """Compile for tensors of this form. Takes seconds the first time on a machine. Not allowed in a capture."""
         form = _form(reduced, others)
         if form not in self._compiled:
             places = [n for n, name in enumerate(self.place.names, 1) if name in self.place.pattern.elementwise]
             given = (reduced, *(each.contiguous() for each in others))
-            self._compiled[form] = outside(lambda: _inductor.compile_rows(self.place.rest, given, (0, *places)))
+            self._compiled[form] = _cuda.run_on_own_thread(
+                lambda: inductor.compile_rows(self.place.rest, given, (0, *places))
+            )
         return self._compiled[form]
 
 
 def _form(reduced: Tensor, others: Iterable[Tensor]) -> Form:
-    """What a compilation holds for: everything but the leading sizes."""
+    """What a compilation is specialized to: everything but the leading sizes."""
     held = [(each.dtype, each.shape[-1] if each.dim() else 1, each.dim()) for each in others]
     return reduced.dtype, reduced.shape[-1], reduced.dim(), reduced.device, *held
 
 
-class Path:
-    """One way to run a place, for tensors of any token count.
+class ExecutionPath:
+    """One way to run a site, for tensors of any token count.
 
     Args:
         place: The pattern and what is bound.
         strategy: A strategy of the pattern, or of the bare all_reduce; None for torch's all_reduce.
-        settings: What the user set that the strategy takes, by name.
-        rest: What follows the all_reduce, to be shared by the paths of one place.
+        settings: The user's settings that the strategy takes, by name.
+        rest: What follows the all_reduce, shared by the paths of one site; None for a new one.
+        overwrites: Whether x may be overwritten if there is no strategy.
     """
 
     def __init__(
         self,
-        place: Place,
+        place: BoundPattern,
         strategy: Strategy | None,
         settings: Mapping[str, Any] | None = None,
-        rest: Rest | None = None,
+        rest: Epilogue | None = None,
+        *,
+        overwrites: bool = True,
     ) -> None:
         self.place = place
         self.strategy = strategy
-        self.rest = Rest(place) if rest is None else rest
+        self.rest = Epilogue(place) if rest is None else rest
         self._impl: Callable[..., Any] = _all_reduce_in_place
         self._whole = strategy is not None and strategy.pattern == place.pattern.name
         self._constants: dict[str, Any] = {GROUP: place.group}
         self._wanted: list[int] = [0]
+        if strategy is None and not place.reduces:
+            self._whole = True
+            self._impl = self._definition
+            self._constants = {}
+            self._wanted = list(range(len(place.live)))
+            return
         if strategy is None:
-            if "reduced" in place.live:
-                self._impl = _all_reduce  # x would be what is handed out
+            if not overwrites or "reduced" in place.live:
+                self._impl = _all_reduce  # else x itself may be returned
             return
         pattern = place.pattern if self._whole else None
         self._impl = strategy.impl
@@ -180,8 +214,8 @@ class Path:
         """The live outputs.
 
         Args:
-            x: ``[..., n]``, this rank's part of the sum. Without a strategy it is overwritten.
-            others: The tensors in the order of `Place.names`.
+            x: ``[..., n]``, this rank's part of the sum. Without a strategy it may be overwritten.
+            others: The tensors in the order of `BoundPattern.names`.
         """
         if not self._whole:
             if self._impl is _all_reduce_in_place and (not x.is_contiguous() or _shares_memory(x, others)):
@@ -190,6 +224,9 @@ class Path:
         given = self._kernel(x, dict(zip(self.place.names, others, strict=True)))
         results = given if isinstance(given, tuple | list) else (given,)
         return tuple(results[index] for index in self._wanted)
+
+    def _definition(self, x: Tensor, **others: Tensor) -> tuple[Tensor, ...]:
+        return self.place.definition(x, *others.values())
 
     def _kernel(self, x: Tensor, others: Mapping[str, Tensor]) -> Any:
         try:
@@ -208,7 +245,7 @@ def _shares_memory(x: Tensor, others: Sequence[Tensor]) -> bool:
 
 
 def _all_reduce_in_place(x: Tensor, *, group: str) -> Tensor:
-    """As Inductor reduces a buffer of its graph: without a copy."""
+    """Without a copy, as Inductor reduces a buffer of its graph."""
     torch.ops._c10d_functional.all_reduce_(x, "sum", group)
     torch.ops._c10d_functional.wait_tensor(x)
     return x

@@ -1,1 +1,1 @@
-"""The chosen strategy in, the nodes of the site out."""
+"""Inserts the chosen strategy into the graph and removes the nodes of the site."""

@@ -1,4 +1,4 @@
-"""Nodes put into a graph one behind another, with what later passes read of them."""
+"""Inserts nodes into a graph in sequence, with the metadata that later passes read."""
 
 from __future__ import annotations
 
@@ -6,32 +6,26 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from fusion_core._torch.operators import OpOverload, schema_of
+from fusion_core._torch.tensors import FakeTensor, with_own_memory
 from fusion_core.emit.pairing import PROVENANCE
 from fusion_core.emit.trace import returned
 
 
 def _allocates(target: Any) -> bool:
-    """Whether an operator's result is memory of its own: later passes compare memory to see what may be reused."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
+    """Whether an operator allocates its result: later passes compare memory to find what they may reuse."""
+    if not isinstance(target, OpOverload) or target.namespace not in ("aten", "prims"):
         return False
-    returns = target._schema.returns
+    returns = schema_of(target).returns
     return len(returns) == 1 and returns[0].alias_info is None and target not in _MAY_ALIAS
 
 
 _MAY_ALIAS = (torch.ops.aten.reshape.default, torch.ops.aten._to_copy.default, torch.ops.aten.contiguous.default)
 
 
-def _another(like: FakeTensor) -> FakeTensor:
-    """A fake tensor of the same form with memory of its own; some ten times cheaper than to run the operator."""
-    with unset_fake_temporarily():  # Inductor runs passes under a fake mode, which would take this for an operator
-        memory = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
-        return FakeTensor(like.fake_mode, memory, like.device)
-
-
 class Inserter:
-    """Inserts nodes one behind another, with the metadata that later passes read."""
+    """Inserts nodes into a graph in sequence, with the metadata that later passes read."""
 
     def __init__(
         self, graph: fx.Graph, position: dict[fx.Node, int], place: fx.Node, source: fx.Node, strategy: str
@@ -47,25 +41,25 @@ class Inserter:
     def __call__(
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, like: Any = None
     ) -> fx.Node:
-        """Insert one operator. ``like`` is what it gives, where that is known from an equal site."""
+        """Insert one operator. ``like`` is its fake result if that is known from an equal site."""
         kwargs = kwargs or {}
         with self.graph.inserting_after(self.place):
             node = self.graph.call_function(target, args, kwargs)
         self._made.append(node)
         if isinstance(like, FakeTensor) and _allocates(target):
-            value = _another(like)
+            value = with_own_memory(like)
         else:
             values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
             with self.fake_mode:
                 value = target(*values, **keywords)
         node.meta |= {**self.meta, "val": value}
-        # as late as the node before it: enough to compare with nodes that were there from the start
+        # the position of the node before it: enough for comparison with nodes of the original graph
         self.position[node] = self.position[self.place]
         self.place = node
         return node
 
     def copy(self, traced: fx.GraphModule, inputs: list[fx.Node]) -> list[fx.Node]:
-        """A traced strategy, node for node, on the graph's own inputs; what it returns."""
+        """Insert a traced strategy, node for node, with the graph's own inputs. Returns its results."""
         copied: dict[fx.Node, fx.Node] = {}
         remaining = iter(inputs)
         for node in traced.graph.nodes:
@@ -77,7 +71,7 @@ class Inserter:
         return [copied[node] for node in returned(traced)]
 
     def undo(self) -> None:
-        """Take out of the graph what was inserted, which nothing else may use yet."""
+        """Remove the inserted nodes from the graph; nothing else may use them yet."""
         while self._made:
             node = self._made.pop()
             self.graph.erase_node(node)

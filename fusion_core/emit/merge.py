@@ -1,15 +1,16 @@
-"""One all_reduce in place of several whose results are only added together: the sum of sums is a sum.
+"""Merges all_reduces whose results are only added together into one.
 
-Attention and MLP side by side (Cohere), and routed and shared experts (DeepSeek-V3), leave two all_reduces
-that meet in an addition. An all_reduce is linear, so that what each rank has is added first and reduced once: half the
-traffic and one latency less, and what follows is one chain.
+Parallel attention and MLP (Cohere), and routed and shared experts (DeepSeek-V3), have two all_reduces whose results are
+added. An all_reduce is linear, so each rank can add its inputs first and reduce the sum once: half the traffic, one
+latency less, and one chain after it.
 
-The numbers are added in another order. Each rank rounds a sum of its own, where otherwise each further all_reduce
-rounds and the sum of the results does. For independent values the expected squared error is the same where two results
-were added directly, and about a tenth larger where a residual came between or three become one.
+The numbers are added in another order. Each rank rounds its own sum; in return there is one all_reduce and one
+addition of results fewer that rounds. For independent values the expected squared error is the same if two results
+were added directly, and about a tenth larger if a residual was added in between or three are merged.
 
-Not in float16, whose largest number is 65504: what two branches have on one rank may exceed it together though both
-results and their sum are small. +40000 and +40000 here and -30000 and -30000 there is 20000, and would be infinite.
+float16 is not merged, since its largest number is 65504: the inputs on one rank may exceed it when added, although both
+results and their sum are small. With +40000 and +40000 on one rank and -30000 and -30000 on the other, the sum is 20000
+but would become infinite.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusion_core._torch.operators import schema_of
 from fusion_core.emit.inserter import Inserter
 from fusion_core.lift.algebra import dtype_of, same_shape, same_size, shape_of
 from fusion_core.lift.collectives import all_reduces
@@ -31,7 +33,7 @@ from fusion_core.reason import Reason
 from fusion_core.report.record import Merge
 
 PROVENANCE = "fusion_core.merged"
-"""What nodes are marked with that this adds."""
+"""The mark of nodes that merging adds."""
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -39,12 +41,12 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 OFF = Reason(
     "merge",
-    "they could be one: merging is off",
+    "they could be merged, but merging is off",
     "the same graphs on all ranks",
     hint="FusionConfig(merge=True) or FUSION_CORE_MERGE=1 merges them",
 )
-"""Of all_reduces that could be merged and are not. A rank cannot know that the others' graphs have both of them: a
-graph break in between on one rank leaves it two all_reduces, with which the one of a merge would pair in silence."""
+"""The reason for all_reduces that could be merged and are not. A rank cannot know that the others' graphs contain both:
+after a graph break in between, one rank runs two all_reduces, which would silently pair with the others' merged one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,7 @@ class _Part:
 
     Attributes:
         anchor: The all_reduce.
-        x: What it reduces.
+        x: Its input.
         group: Its process group.
         leaf: The operand of an addition: its result, or a view of it.
         between: The result and the views of it, the leaf first.
@@ -68,16 +70,16 @@ class _Part:
     alone: bool
 
 
-def merged(
-    graph: fx.Graph, readings: Readings, most: int | None, barred: Callable[[str], Reason | None] = lambda group: None
+def merge_all_reduces(
+    graph: fx.Graph, readings: Readings, most: int | None, blocked: Callable[[str], Reason | None] = lambda group: None
 ) -> tuple[Merge, ...]:
-    """Merge all_reduces of a graph, ``most`` times at most, and say what came of each group of them.
+    """Merge all_reduces of a graph, and return the outcome for each set of them that is added together.
 
     Args:
         graph: The graph.
-        readings: How other frameworks' operators read.
-        most: How many sums may be made; None for all.
-        barred: Why those of a process group must stay; None where they need not.
+        readings: The readings of other frameworks' operators.
+        most: The largest number of merges; None for no limit.
+        blocked: Returns the reason why those of a process group must not be merged, or None.
     """
     results = _results(graph, readings)
     if len(results) < 2:
@@ -95,7 +97,7 @@ def merged(
             if len(labels) < 2:
                 continue
             reasons = tuple(_refusals(own, additions, position))
-            if not reasons and isinstance(group, str) and (reason := barred(group)) is not None:
+            if not reasons and isinstance(group, str) and (reason := blocked(group)) is not None:
                 reasons = (reason,)
             if not reasons and left == 0:
                 reasons = (Reason("limit", f"limit is {most} rewrites", "a higher limit"),)
@@ -104,7 +106,7 @@ def merged(
                 left = None if left is None else left - 1
             found.append(Merge(labels, reasons))
         if len(groups) > 1:
-            # of each group the last one, which stands whatever was merged
+            # the last one of each group, which remains whether or not the group was merged
             names = tuple({part.group: part.anchor.name for part in parts}.values())
             words = f"they are of the process groups {', '.join(map(str, groups))}"
             found.append(Merge(names, (Reason("group", words, "one process group"),)))
@@ -112,13 +114,13 @@ def merged(
 
 
 def mergeable(graph: fx.Graph, readings: Readings) -> tuple[Merge, ...]:
-    """The all_reduces of a graph that `merged` would make one, with `OFF` as the reason; changes nothing."""
-    found = merged(graph, readings, None, lambda group: OFF)
+    """The all_reduces of a graph that `merge_all_reduces` would merge, with `OFF` as the reason; changes nothing."""
+    found = merge_all_reduces(graph, readings, None, lambda group: OFF)
     return tuple(merge for merge in found if merge.reasons == (OFF,))
 
 
 def _results(graph: fx.Graph, readings: Readings) -> dict[fx.Node, tuple[fx.Node, Term]]:
-    """The node that holds a sum → the all_reduce and its term, of those that can be given another input."""
+    """The node of a result → the all_reduce and its term, for all_reduces whose input can be replaced."""
     return {
         result: (anchor, term)
         for anchor, term in all_reduces(graph, readings)
@@ -139,13 +141,13 @@ def _is_add(node: fx.Node) -> bool:
 
 
 def _inner(node: fx.Node) -> fx.Node | None:
-    """The addition that a sum is only a part of; None where it is the whole."""
+    """The addition that a sum is only a part of; None if it is the whole sum."""
     user = next(iter(node.users)) if len(node.users) == 1 else None
     return user if user is not None and _is_add(user) and same_shape(shape_of(user), shape_of(node)) else None
 
 
 def _additions(root: fx.Node) -> Iterator[fx.Node]:
-    """The additions that make a sum, the last one first."""
+    """The additions of a sum, the last one first."""
     yield root
     for operand in root.all_input_nodes:
         if _is_add(operand) and _inner(operand) is root:
@@ -153,12 +155,12 @@ def _additions(root: fx.Node) -> Iterator[fx.Node]:
 
 
 def _leaves(additions: list[fx.Node]) -> list[fx.Node]:
-    """What is added."""
+    """The operands of a sum."""
     return [operand for node in additions for operand in node.all_input_nodes if operand not in additions]
 
 
 def _parts(additions: list[fx.Node], results: Mapping[fx.Node, tuple[fx.Node, Term]]) -> Iterator[_Part]:
-    """The all_reduces among what is added."""
+    """The all_reduces among the operands of a sum."""
     for operand in _leaves(additions):
         between = [operand]
         while between[-1].target in _VIEWS and isinstance(source := between[-1].args[0], fx.Node):
@@ -172,7 +174,7 @@ def _parts(additions: list[fx.Node], results: Mapping[fx.Node, tuple[fx.Node, Te
 
 
 def _independent(parts: list[_Part], position: Mapping[fx.Node, int]) -> list[_Part]:
-    """Without those that others are computed from: the residual stream, in every model that begins with a sum."""
+    """The parts without those that others are computed from, such as the residual stream after a model's first sum."""
     return [
         part
         for part in parts
@@ -182,13 +184,13 @@ def _independent(parts: list[_Part], position: Mapping[fx.Node, int]) -> list[_P
 
 
 def _refusals(parts: list[_Part], additions: list[fx.Node], position: Mapping[fx.Node, int]) -> Iterator[Reason]:
-    """Why these all_reduces cannot become one."""
+    """The reasons why these all_reduces cannot be merged."""
     last, root = parts[-1], additions[0]
     if dtype_of(last.x) is torch.float16:
         words = "the sums are of float16, in which what one rank adds first may overflow"
         yield Reason("dtype", words, "bfloat16 or float32")
     if shared := dict.fromkeys(part.anchor.name for part in parts if not part.alone):
-        yield Reason("live_outputs", f"the result of {', '.join(shared)} is used beside the sum", "no other use")
+        yield Reason("live_outputs", f"the result of {', '.join(shared)} is also used outside the sum", "no other use")
     for part in parts:
         alike = same_shape(shape_of(part.x), shape_of(last.x))
         if not alike and not all(isinstance(size, int) for size in (*shape_of(part.x), *shape_of(last.x))):
@@ -198,13 +200,13 @@ def _refusals(parts: list[_Part], additions: list[fx.Node], position: Mapping[fx
         if found := _writer(part, last, position):
             yield Reason("mutation", f"{found.name} writes into {part.x.name}", "an input that stays as it is", "x")
     for node in (*additions, *_leaves(additions)):
-        # a sum that loses an operand takes the strides of the other, and views behind it were made for its own
+        # a sum that loses an operand gets the strides of the other, but later views were made for its old strides
         if same_shape(shape_of(node), shape_of(root)) and not _same_layout(node, root):
             yield Reason("layout", f"{node.name} has other strides than {root.name}", "the same ones")
 
 
 def _same_layout(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two tensors of one shape lie alike in memory."""
+    """Whether two tensors of one shape have the same strides."""
     return same_shape(_strides(a), _strides(b))
 
 
@@ -219,7 +221,7 @@ def _is_contiguous(node: fx.Node) -> bool:
 
 
 def _strides(node: fx.Node) -> list[Any]:
-    """A tensor's strides, 0 where the size is 1 and the stride says nothing."""
+    """A tensor's strides, with 0 for dimensions of size 1, whose stride is meaningless."""
     return [
         0 if same_size(size, 1) else stride
         for size, stride in zip(shape_of(node), node.meta["val"].stride(), strict=True)
@@ -227,7 +229,7 @@ def _strides(node: fx.Node) -> list[Any]:
 
 
 def _writer(part: _Part, last: _Part, position: Mapping[fx.Node, int]) -> fx.Node | None:
-    """What writes into an input after it was to be read and before the one all_reduce that would read it."""
+    """A node that writes into an input between its own all_reduce and the merged one, or None."""
     node = part.x
     while node.op == "call_function" and _is_alias(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]  # a view: others may write into what it views
@@ -237,7 +239,7 @@ def _writer(part: _Part, last: _Part, position: Mapping[fx.Node, int]) -> fx.Nod
 
 def _is_alias(node: fx.Node) -> bool:
     """Whether a node's result is memory of its first argument."""
-    returns: Any = getattr(getattr(node.target, "_schema", None), "returns", ())
+    returns: Any = getattr(schema_of(node.target), "returns", ())
     return len(returns) == 1 and returns[0].alias_info is not None
 
 
@@ -256,7 +258,7 @@ def _hangs_on(node: fx.Node, anchor: fx.Node, position: Mapping[fx.Node, int]) -
 
 
 def _apply(graph: fx.Graph, parts: list[_Part], additions: list[fx.Node], position: dict[fx.Node, int]) -> None:
-    """The last all_reduce reduces the sum; the others go, and so does each addition of theirs."""
+    """Make the last all_reduce reduce the sum; remove the others and one addition for each."""
     *others, last = parts
     insert = Inserter(graph, position, last.anchor.prev, last.x, PROVENANCE)
     total = last.x
@@ -273,8 +275,8 @@ def _apply(graph: fx.Graph, parts: list[_Part], additions: list[fx.Node], positi
         for node in (addition, *part.between):
             graph.erase_node(node)
         additions.remove(addition)
-        if part.between[-1] is not part.anchor:  # the wait of an all_reduce; another framework's has none
+        if part.between[-1] is not part.anchor:  # torch's all_reduce has a wait; another framework's has none
             graph.erase_node(part.anchor)
-    for node in reversed(additions):  # a sum with a bias, say, is of the bias's shape where only that is left
+    for node in reversed(additions):  # a sum may change shape: if only a bias is left, to the bias's
         with insert.fake_mode:
             node.meta["val"] = aten.add.Tensor(*fx.map_arg(node.args, lambda arg: arg.meta["val"]))

@@ -1,4 +1,4 @@
-"""Which collectives of a graph pair with other ranks': plain all_reduces by themselves, kernels once agreed on."""
+"""How a graph's collectives pair with other ranks': plain all_reduces always, kernels only after agreement."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator, OpOverload
 
+from fusion_core._torch.operators import HigherOrderOperator, OpOverload, schema_of
 from fusion_core.agree.kernel_calls import Calls
 from fusion_core.dispatch.by_tokens import NAMES, Plan
 from fusion_core.patterns.definition import GROUP
 from fusion_core.site import dtype_name
 
 PROVENANCE = "fusion_core"
-"""The key of ``node.meta`` that holds the name of the strategy which a node came from."""
+"""The key in ``node.meta`` for the name of the strategy that a node came from."""
 SITE = "fusion_core.site"
-"""The key of ``node.meta`` that holds the label of the all_reduce which a node came from."""
+"""The key in ``node.meta`` for the label of the all_reduce that a node came from."""
 
 _GROUPS = ("group", "group_name", "process_group")
-"""What operators call the argument that names a process group."""
+"""Argument names by which operators take the name of a process group."""
 
 c10d = torch.ops._c10d_functional
 
 
 def is_collective(node: fx.Node) -> bool:
-    """Whether ranks meet in a node: a collective of torch, a strategy's operator, or another one that names a group."""
+    """Whether a node is collective: one of torch's, a strategy's operator, or another one that names a group."""
     if node.op != "call_function":
         return False
     if isinstance(node.target, HigherOrderOperator):
@@ -37,13 +37,13 @@ def is_collective(node: fx.Node) -> bool:
         return False
     if node.target.namespace == c10d.name:
         return node.target is not c10d.wait_tensor.default
-    return PROVENANCE in node.meta or any(argument.name in _GROUPS for argument in node.target._schema.arguments)
+    return PROVENANCE in node.meta or any(argument.name in _GROUPS for argument in schema_of(node.target).arguments)
 
 
 def is_plain(traced: fx.GraphModule) -> bool:
-    """Whether a traced strategy is, to other ranks, one all_reduce of a tensor of x's dtype and size.
+    """Whether other ranks see a traced strategy as one all_reduce of a tensor with x's dtype and size.
 
-    Whatever is not torch's own may communicate.
+    Any operator that is not torch's own may communicate.
     """
     nodes = [node for node in traced.graph.nodes if node.op == "call_function"]
     if any(isinstance(n.target, HigherOrderOperator) for n in nodes):
@@ -67,7 +67,7 @@ def _form(node: fx.Node) -> tuple[torch.dtype, str]:
 
 @dataclass(frozen=True)
 class _Call:
-    """One collective: what pairs, and for people which kernel at which all_reduce."""
+    """One collective: the text that ranks compare, and for messages the kernel and its all_reduce."""
 
     group: str
     text: str
@@ -75,7 +75,7 @@ class _Call:
 
 
 def seal(graph: fx.Graph) -> None:
-    """Tell each kernel of a graph among which collectives of its group it is."""
+    """Give each kernel of a graph the sequence of collectives of its group."""
     kernels = [(node, plan) for node in graph.nodes if (plan := plan_of(node)) is not None]
     if not kernels:
         return
@@ -98,7 +98,7 @@ def _words(kernels: Sequence[str]) -> str:
 
 
 def plan_of(node: fx.Node) -> Plan | None:
-    """What a node runs that stands for a kernel of a group of several ranks; None of another node."""
+    """The plan of a node that calls a kernel through `fusion_core.dispatch.by_tokens`; None for another node."""
     if not isinstance(node.target, HigherOrderOperator) or not node.args:
         return None
     inner = node.args[0]
@@ -116,17 +116,17 @@ def _calls(node: fx.Node) -> Iterator[_Call]:
 
 
 def _groups(node: fx.Node) -> Iterator[str]:
-    """The groups that a collective names: by its own arguments of that name."""
+    """The groups that a collective's arguments name."""
     assert isinstance(node.target, OpOverload)
-    names = [argument.name for argument in node.target._schema.arguments]
+    names = [argument.name for argument in schema_of(node.target).arguments]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     yield from (value for name in _GROUPS if isinstance(value := given.get(name), str))
 
 
 def _constants(node: fx.Node) -> str:
-    """What a collective is given beside tensors and groups, such as how it reduces."""
+    """A collective's arguments except tensors and groups, such as the reduction."""
     assert isinstance(node.target, OpOverload)
-    names = [argument.name for argument in node.target._schema.arguments]
+    names = [argument.name for argument in schema_of(node.target).arguments]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     return str({n: v for n, v in given.items() if isinstance(v, str | int | float) and n not in (*_GROUPS, "tag")})
 
@@ -145,7 +145,7 @@ def _tensors(argument: Any) -> str:
 
 
 def _same_symbols(texts: Sequence[str]) -> list[str]:
-    """The texts with symbols numbered as they appear: each rank numbers them by its whole graph."""
+    """The texts with symbols renumbered in order of appearance, since each rank numbers them over its whole graph."""
     known: dict[str, str] = {}
     rename = re.compile(r"\b[su]\d+\b")
     return [rename.sub(lambda found: known.setdefault(found[0], f"n{len(known)}"), text) for text in texts]

@@ -1,4 +1,4 @@
-"""A strategy as a graph of operators, as torch traces it on fake tensors."""
+"""A strategy as a graph of operators, traced on fake tensors."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fusion_core._torch.tensors import FakeTensor
 from fusion_core.config import FusionConfig
 from fusion_core.errors import FusionError, described, shown
 from fusion_core.match.matcher import Match
@@ -21,7 +21,7 @@ Decompositions = Mapping[Any, Callable[..., Any]]
 
 
 class Unplaceable(FusionError):
-    """A strategy that was chosen and cannot be put into the graph, with the reason."""
+    """A chosen strategy cannot be inserted into the graph, for the given reason."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(str(reason))
@@ -29,7 +29,7 @@ class Unplaceable(FusionError):
 
 
 def fake_mode(tensors: Iterable[Any]) -> AbstractContextManager[Any]:
-    """The fake mode that fake tensors belong to, to be entered where operators run on them."""
+    """The fake mode of fake tensors, as a context in which to run operators on them."""
     found = next((tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor)), None)
     return nullcontext() if found is None else found
 
@@ -41,13 +41,13 @@ def trace(
     decompositions: Decompositions,
     config: FusionConfig,
 ) -> fx.GraphModule:
-    """The strategy as a graph from its tensors to the match's live outputs, reduced to what those need.
+    """The strategy as a graph from its tensors to the match's live outputs, without unused nodes.
 
-    What it takes beside tensors, settings of the user included, becomes constants of the graph. It is traced under the
-    fake mode of its tensors: Inductor only sets the mode, and ``new_full`` or ``zeros`` would make a real tensor.
+    Its other arguments, including settings of the user, become constants of the graph. It is traced under the fake
+    mode of its tensors: Inductor only sets the mode, and ``new_full`` or ``zeros`` would make a real tensor.
 
     Raises:
-        Unplaceable: where the strategy's code raises, or holds a tensor that does not come in as an argument.
+        Unplaceable: The strategy's code raises, or contains a tensor that is not an argument.
     """
     accepted = strategy.accepts(found.pattern) | set(found.pattern.tensors)
     constants = {name: value for name, value in found.scalars.items() if name in accepted}
@@ -65,14 +65,14 @@ def trace(
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        # a plugin's code ran: whatever it raised becomes the reason at this site, and other sites go on
+        # a plugin's code ran: anything it raises becomes the reason at this site and does not affect other sites
         text = f"tracing {strategy.name} raised {described(error)}"
         raise Unplaceable(Reason("trace", text, "an impl that runs on fake tensors")) from error
     traced.graph.eliminate_dead_code()
     if wrong := next((each for each in returned(traced) if not _is_tensor(each)), None):
         raise Unplaceable(Reason("trace", f"{strategy.name} returns {shown(wrong)}", "tensors"))
     if held := next((node for node in traced.graph.nodes if node.op == "get_attr"), None):
-        text = f"{strategy.name} holds a tensor of its own ({held.target})"
+        text = f"{strategy.name} contains a constant tensor ({held.target})"
         raise Unplaceable(Reason("trace", text, "tensors that come in as arguments"))
     return traced
 

@@ -1,1 +1,1 @@
-"""Lifting: what a graph computes, in the neutral vocabulary, as a view beside the graph."""
+"""Lifting: a view of what a graph computes, in the neutral vocabulary."""

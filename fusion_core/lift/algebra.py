@@ -1,8 +1,8 @@
 """What a node computes, as a product of powers: one normal form for every spelling of one expression.
 
-``x * rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w``, ``x / sqrt((x * x).sum(-1) / n + eps) * w`` and their like
-all become ``x^1 · (mean_square(x) + eps)^(-1/2) · w^1``. Casts that lose nothing, views that keep the last dimension
-and waits leave the meaning as it is.
+``x * rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w``, ``x / sqrt((x * x).sum(-1) / n + eps) * w`` and similar
+expressions all become ``x^1 · (mean_square(x) + eps)^(-1/2) · w^1``. Lossless casts, views that keep the last dimension
+and waits do not change the product.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 @dataclass(frozen=True, slots=True)
-class Of:
-    """A tensor of the graph as it is."""
+class Leaf:
+    """A tensor of the graph."""
 
     node: fx.Node
 
 
 @dataclass(frozen=True, slots=True)
 class MeanSquare:
-    """The mean over the last dimension of the squares of a tensor of the graph."""
+    """The mean of squares of a tensor of the graph over the last dimension."""
 
     node: fx.Node
 
 
 @dataclass(frozen=True, slots=True)
 class Plus:
-    """A product and a constant, added."""
+    """The sum of a product and a constant."""
 
-    term: Meaning
+    term: Product
     constant: float
 
 
@@ -47,12 +46,12 @@ class Function:
         name: ``abs``; ``abs_max``, the maximum of magnitudes over the last dimension; ``at_least`` and ``at_most``, a
             bound in ``parameter``; ``log2``; ``ceil``; ``power_of_two_above``; ``one_if_zero``;
             ``spread``, each value repeated ``parameter`` times along the last dimension.
-        term: What it is taken of.
+        term: Its argument.
         parameter: Its constant.
     """
 
     name: str
-    term: Meaning
+    term: Product
     parameter: float = 0.0
 
     @property
@@ -63,19 +62,19 @@ class Function:
         return self.name in ("abs", "abs_max", "power_of_two_above")
 
 
-Atom = Of | MeanSquare | Plus | Function
+Atom = Leaf | MeanSquare | Plus | Function
 
 
 @dataclass(frozen=True, slots=True)
-class Meaning:
+class Product:
     """``coefficient · Π atom^exponent``.
 
     Attributes:
-        factors: Pairs of atom and exponent; no exponent is zero, no atom comes twice.
+        factors: Pairs of atom and exponent; no exponent is zero, no atom occurs twice.
         coefficient: The constant factor.
-        row: None for a tensor in its own shape. For one value per row, a reduction over the last dimension: True where
-            that dimension is kept with size 1, False where it is dropped. A dropped one must not be mistaken for a
-            vector along the last dimension, whatever its size.
+        row: None for a tensor in its own shape. For one value per row, the result of a reduction over the last
+            dimension: True if that dimension is kept with size 1, False if it is dropped. After a drop the shape must
+            not be mistaken for a vector along the last dimension, whatever its size.
     """
 
     factors: frozenset[tuple[Atom, float]]
@@ -83,12 +82,12 @@ class Meaning:
     row: bool | None = None
 
     @classmethod
-    def of(cls, node: fx.Node) -> Meaning:
-        """A tensor about which nothing more is known."""
-        return cls(frozenset({(Of(node), 1.0)}))
+    def of(cls, node: fx.Node) -> Product:
+        """A tensor of which nothing more is known."""
+        return cls(frozenset({(Leaf(node), 1.0)}))
 
     @classmethod
-    def constant(cls, value: float) -> Meaning:
+    def constant(cls, value: float) -> Product:
         """A number."""
         return cls(frozenset(), float(value))
 
@@ -99,32 +98,32 @@ class Meaning:
 
     @property
     def tensor(self) -> fx.Node | None:
-        """The tensor that it is, unchanged but for its shape and a wider dtype; None where it is anything else."""
+        """The tensor, if it is one, unchanged except for its shape and a wider dtype; else None."""
         return self.multiple if self.coefficient == 1.0 else None
 
     @property
     def multiple(self) -> fx.Node | None:
-        """The tensor that it is a multiple of; None where it is anything else."""
-        atom = self.sole
-        return atom.node if isinstance(atom, Of) else None
+        """The tensor, if it is a multiple of one; else None."""
+        atom = self.single_factor
+        return atom.node if isinstance(atom, Leaf) else None
 
     @property
-    def sole(self) -> Atom | None:
-        """The atom that it is, but for its coefficient; None where it is a product or another power."""
+    def single_factor(self) -> Atom | None:
+        """The atom, if it is one times a coefficient; None for several factors or another power."""
         if len(self.factors) != 1:
             return None
         ((atom, exponent),) = self.factors
         return atom if exponent == 1.0 else None
 
-    def times(self, other: Meaning, row: bool | None = None) -> Meaning:
+    def times(self, other: Product, row: bool | None = None) -> Product:
         """The product of both."""
         exponents: dict[Atom, float] = dict(self.factors)
         for atom, exponent in other.factors:
             exponents[atom] = exponents.get(atom, 0.0) + exponent
-        return _meaning(exponents, self.coefficient * other.coefficient, row)
+        return _product(exponents, self.coefficient * other.coefficient, row)
 
-    def power(self, exponent: float) -> Meaning | None:
-        """A real power; None where the constant factor has no such power."""
+    def power(self, exponent: float) -> Product | None:
+        """A real power, or None if the constant factor has no such power."""
         if (
             exponent == 0
             or (self.coefficient <= 0 and exponent != int(exponent))
@@ -132,43 +131,43 @@ class Meaning:
         ):
             return None
         exponents = {atom: power * exponent for atom, power in self.factors}
-        return _meaning(exponents, self.coefficient**exponent, self.row)
+        return _product(exponents, self.coefficient**exponent, self.row)
 
-    def plus(self, constant: float) -> Meaning:
-        """A constant added. The inner coefficient is drawn out, so that ``c·m + k`` is ``c · (m + k/c)``."""
+    def plus(self, constant: float) -> Product:
+        """The sum with a constant. The inner coefficient is factored out, so that ``c·m + k`` is ``c · (m + k/c)``."""
         if constant == 0 or self.coefficient == 0:
             return self
-        inner, added = Meaning(self.factors, 1.0, self.row), constant / self.coefficient
-        if isinstance(atom := self.sole, Plus):
+        inner, added = Product(self.factors, 1.0, self.row), constant / self.coefficient
+        if isinstance(atom := self.single_factor, Plus):
             inner, added = atom.term, atom.constant + added
         if added == 0:
-            return Meaning(inner.factors, self.coefficient, self.row)
-        return Meaning(frozenset({(Plus(inner, added), 1.0)}), self.coefficient, self.row)
+            return Product(inner.factors, self.coefficient, self.row)
+        return Product(frozenset({(Plus(inner, added), 1.0)}), self.coefficient, self.row)
 
-    def bounded(self, name: str, bound: float) -> Meaning | None:
-        """``at_least`` or ``at_most`` a number, the coefficient drawn out; None where that would turn the bound."""
+    def bounded(self, name: str, bound: float) -> Product | None:
+        """``at_least`` or ``at_most`` a number, the coefficient factored out; None if that would reverse the bound."""
         if self.coefficient <= 0 or self.is_constant:
             return None
-        inner = Meaning(self.factors, 1.0, self.row)
-        return Meaning(frozenset({(Function(name, inner, bound / self.coefficient), 1.0)}), self.coefficient, self.row)
+        inner = Product(self.factors, 1.0, self.row)
+        return Product(frozenset({(Function(name, inner, bound / self.coefficient), 1.0)}), self.coefficient, self.row)
 
-    def absolute(self) -> Meaning:
-        """The magnitude, the coefficient drawn out."""
-        if isinstance(atom := self.sole, Function) and atom.is_positive:
-            return Meaning(self.factors, abs(self.coefficient), self.row)
-        inner = Meaning(self.factors, 1.0, self.row)
-        return Meaning(frozenset({(Function("abs", inner), 1.0)}), abs(self.coefficient), self.row)
+    def absolute(self) -> Product:
+        """The magnitude, the coefficient factored out."""
+        if isinstance(atom := self.single_factor, Function) and atom.is_positive:
+            return Product(self.factors, abs(self.coefficient), self.row)
+        inner = Product(self.factors, 1.0, self.row)
+        return Product(frozenset({(Function("abs", inner), 1.0)}), abs(self.coefficient), self.row)
 
-    def through(self, name: str) -> Meaning:
-        """A function without constants of all of it."""
-        return Meaning(frozenset({(Function(name, self), 1.0)}), 1.0, self.row)
+    def apply(self, name: str) -> Product:
+        """A function without constants, applied to the whole product."""
+        return Product(frozenset({(Function(name, self), 1.0)}), 1.0, self.row)
 
-    def shaped(self, row: bool | None) -> Meaning:
-        """The same value where a view kept or dropped the reduced dimension."""
-        return Meaning(self.factors, self.coefficient, row)
+    def with_row(self, row: bool | None) -> Product:
+        """The same value after a view that keeps or drops the reduced dimension."""
+        return Product(self.factors, self.coefficient, row)
 
 
-def _meaning(exponents: Mapping[Atom, float], coefficient: float, row: bool | None) -> Meaning:
+def _product(exponents: Mapping[Atom, float], coefficient: float, row: bool | None) -> Product:
     plain: dict[Atom, float] = {}
     for atom, power in exponents.items():
         inner: Iterable[tuple[Atom, float]] = ((atom, 1.0),)
@@ -176,23 +175,23 @@ def _meaning(exponents: Mapping[Atom, float], coefficient: float, row: bool | No
             inner = atom.term.factors
         for part, exponent in inner:
             plain[part] = plain.get(part, 0.0) + exponent * power
-    return Meaning(frozenset((atom, power) for atom, power in plain.items() if power), coefficient, row)
+    return Product(frozenset((atom, power) for atom, power in plain.items() if power), coefficient, row)
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
-    """The shape of a node's tensor; empty for what is no tensor."""
+    """The shape of a node's tensor; empty if its value is not a tensor."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
 @functools.cache
 def promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
-    """`torch.promote_types`, for which the fake mode that Inductor runs passes under takes 0.03 ms each time."""
+    """`torch.promote_types`, cached: under the fake mode in which Inductor runs passes, each call takes 0.03 ms."""
     return torch.promote_types(one, other)
 
 
 def dtype_of(node: fx.Node) -> torch.dtype | None:
-    """The dtype of a node's tensor; None for what is no tensor."""
+    """The dtype of a node's tensor; None if its value is not a tensor."""
     value = node.meta.get("val")
     return value.dtype if isinstance(value, torch.Tensor) else None
 
@@ -201,6 +200,8 @@ def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal, without a guard on symbolic ones."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imported late: it imports sympy
+
     return bool(_expression(a) == _expression(b)) or statically_known_true(a == b)
 
 

@@ -1,4 +1,4 @@
-"""How torch's functional collectives read: which nodes are an all_reduce, and which must be left alone, and why."""
+"""torch's functional collectives: the nodes that are an all_reduce, and the reasons why some must not be fused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from fusion_core._torch.operators import schema_of
 from fusion_core.lift.rules import is_cheap
 from fusion_core.lift.term import Term
 from fusion_core.reason import Reason
@@ -19,11 +20,11 @@ COALESCED = (c10d.all_reduce_coalesced.default, c10d.all_reduce_coalesced_.defau
 TARGETS = (c10d.all_reduce.default, *_IN_PLACE, c10d.all_reduce_coalesced.default)
 SCATTERS = (c10d.reduce_scatter_tensor.default,)
 _GATHERS = (c10d.all_gather_into_tensor.default, c10d.all_gather_into_tensor_out.default)
-_NEAR = 60  # how many nodes behind a reduce_scatter its all_gather is looked for
+_NEAR = 60  # nodes to search after a reduce_scatter for its all_gather
 
 
 def terms(node: fx.Node) -> Iterator[tuple[fx.Node, Term]]:
-    """The all_reduces that a node is, each with the node that anchors it."""
+    """The all_reduces in a node, each with its anchor node."""
     if node.target in COALESCED:
         yield from _coalesced(node)
     elif node.target in TARGETS:
@@ -37,7 +38,7 @@ def terms(node: fx.Node) -> Iterator[tuple[fx.Node, Term]]:
 
 
 def _coalesced(node: fx.Node) -> Iterator[tuple[fx.Node, Term]]:
-    """One all_reduce for each tensor that anything is taken of."""
+    """One all_reduce for each tensor that is used."""
     inputs, op, group = node.args[:3]
     assert isinstance(inputs, list | tuple)
     for part in node.users:
@@ -53,7 +54,7 @@ def _coalesced(node: fx.Node) -> Iterator[tuple[fx.Node, Term]]:
             found = f"{node.name} writes into several tensors"
             refusal = Reason("mutation", found, "an out-of-place all_reduce", "x")
         anchor, term = _anchor(part, inputs[index], op, group, refusal)
-        if len(inputs) > 1:  # what takes one of them out must be worth a collective of its own
+        if len(inputs) > 1:  # taking one of them out adds a collective, which must be worth it
             term.notes["collective"] = "_c10d_functional::all_reduce_coalesced"
         yield anchor, term
 
@@ -69,20 +70,20 @@ def _anchor(node: fx.Node, x: object, op: object, group: object, refusal: Reason
 
 
 def _written_elsewhere(node: fx.Node, x: object) -> Reason | None:
-    """Why an all_reduce that writes into its input cannot be taken for one that does not."""
+    """The reason why an in-place all_reduce cannot be treated as one that does not write into its input, or None."""
     assert isinstance(x, fx.Node)
     found = None
     if x.op != "call_function":
         found = f"the all_reduce writes into {x.name}, which comes from outside the graph"
     elif len(x.users) > 1:
         found = f"the all_reduce writes into {x.name}, which others use"
-    elif any(value.alias_info is not None for value in getattr(getattr(x.target, "_schema", None), "returns", ())):
+    elif any(value.alias_info is not None for value in getattr(schema_of(x.target), "returns", ())):
         found = f"the all_reduce writes into {x.name}, a view of another tensor"
     return Reason("mutation", found, "an out-of-place all_reduce", "x") if found else None
 
 
 def _gather(scatter: fx.Node) -> fx.Node | None:
-    """The all_gather of the same group that a reduce_scatter's part comes to, by itself or behind cheap arithmetic."""
+    """The all_gather in the same group of a reduce_scatter's result, possibly after cheap arithmetic."""
     waiting, seen = list(scatter.users), dict.fromkeys(scatter.users)
     while waiting and len(seen) < _NEAR:
         node = waiting.pop(0)

@@ -1,4 +1,4 @@
-"""All-reduces in a graph, whatever framework they come from: the anchors of all sites."""
+"""All-reduces in a graph, torch's and other frameworks': the anchors of all sites."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusion_core._torch.operators import schema_of
 from fusion_core.lift import c10d_functional
 from fusion_core.lift.algebra import dtype_of
 from fusion_core.lift.c10d_functional import TARGETS
@@ -17,18 +18,18 @@ from fusion_core.lift.readings import Readings
 from fusion_core.lift.term import Term
 from fusion_core.reason import Reason
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def has_all_reduce(graph: fx.Graph, readings: Readings | None = None) -> bool:
-    """Whether a graph has any all_reduce; looks them up by operator, so that a graph without any costs nothing."""
+    """Whether a graph has any all_reduce. Looks them up by operator, so that a graph without any costs nothing."""
     own = (*TARGETS, *c10d_functional.SCATTERS)
     targets = [*own, *(_operators(readings.collectives) if readings is not None else ())]
     return any(graph.find_nodes(op="call_function", target=target, sort=False) for target in targets)
 
 
 def all_reduces(graph: fx.Graph, readings: Readings | None = None) -> Iterator[tuple[fx.Node, Term]]:
-    """Every all_reduce of a graph in order, as a node and a term: torch's own, and what reads as one."""
+    """Every all_reduce of a graph in order, as a node and a term: torch's own, and operators that read as one."""
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -40,17 +41,17 @@ def all_reduces(graph: fx.Graph, readings: Readings | None = None) -> Iterator[t
 
 
 def _of_floats(term: Term) -> Term:
-    """The term, refused where it sums anything but floating-point numbers of a model's dtypes."""
+    """The term, refused if it does not sum float16, bfloat16 or float32."""
     x = term.operands["x"]
     dtype = dtype_of(x) if isinstance(x, fx.Node) else None
-    if term.refusal is not None or dtype in _FLOATS:
+    if term.refusal is not None or dtype in FLOATS:
         return term
     found = f"the all_reduce is of {str(dtype).removeprefix('torch.')}"
     return replace(term, refusal=Reason("dtype", found, "float16, bfloat16 or float32", "x"))
 
 
 def _operators(names: Iterable[str]) -> Iterator[Any]:
-    """What the nodes of operators of these names have as their target, as far as the operators exist."""
+    """The targets of nodes that apply the operators of these names, as far as the operators exist."""
     for name in names:
         namespace, _, operator = name.partition("::")
         operator, _, overload = operator.partition(".")
@@ -58,8 +59,8 @@ def _operators(names: Iterable[str]) -> Iterator[Any]:
         for each in packet.overloads() if packet is not None else ():
             if overload in ("", each):
                 target = getattr(packet, each)
-                # one that writes into its argument stands inside a wrapper, whatever operator that holds
-                yield from WRAPPERS if target._schema.is_mutable else (target,)
+                # one that writes into its argument is inside a wrapper, which any operator may be in
+                yield from WRAPPERS if schema_of(target).is_mutable else (target,)
 
 
 __all__ = ["TARGETS", "all_reduces", "has_all_reduce"]

@@ -1,4 +1,4 @@
-"""How operators of another framework read in the neutral vocabulary, as data."""
+"""The meaning of another framework's operators in the neutral vocabulary, as data."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from torch import fx
 
 from fusion_core.errors import PatternError
 from fusion_core.lift.operands import Check, Derived, Earlier, Only
-from fusion_core.lift.operator_call import Application, Held
-from fusion_core.lift.term import Term, Unheld
+from fusion_core.lift.operator_call import OperatorCall, Result
+from fusion_core.lift.term import Term, Virtual
 from fusion_core.reason import Reason
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How an operator reads: as one word of the vocabulary. Several in a tuple are the words it means, one by one.
+    """The meaning of an operator as one word of the vocabulary. A tuple of readings means several words in sequence.
 
-    Every argument of the operator belongs to the reading: as an operand, in a condition, as a result, or ignored. One
-    that the reading does not name must hold its default, or the place is left alone with that as the reason.
+    A reading accounts for every argument of the operator: as an operand, in a condition, as a result, or ignored. If
+    another argument differs from its default, the site is refused for that reason.
 
     Attributes:
         word: The word's name.
-        operands: The word's parameter → the name of the operator's argument, an `Earlier` word's result, or what is
+        operands: The word's parameter → the name of the operator's argument, an `Earlier` word's result, or a value
             `Derived` from arguments.
-        constants: The word's parameter → a constant, where the operator has no argument for it.
-        results: The word's result names: a tuple of one for each result of the operator, in the operator's order; or a
-            mapping from each to where it is: the index of a returned value, the name of an argument that the operator
-            writes into, or None where it stays inside the operator.
+        constants: The word's parameter → a constant, if the operator has no argument for it.
+        results: The word's result names: a tuple with one per result of the operator, in the operator's order; or a
+            mapping from each to its location: the index of a returned value, the name of an argument that the operator
+            writes into, or None if it stays inside the operator.
         needs: Conditions under which the operator means the word: `Only`, `Check`.
-        when: The argument without which the operator leaves this word out.
-        ignored: Arguments that change nothing in what the operator means.
-        notes: Facts about the spelling that a site carries among its attributes.
+        when: An argument; without it the operator does not compute this word.
+        ignored: Arguments that do not change the operator's meaning.
+        notes: Facts about the spelling, which become attributes of the site.
 
     Example:
-        For ``acme::rms_norm(Tensor hidden, Tensor gamma, float epsilon) -> Tensor``; every parameter of the word has
-        its place:
+        For ``acme::rms_norm(Tensor hidden, Tensor gamma, float epsilon) -> Tensor``; the reading gives every parameter
+        of the word:
 
         >>> reading = Reading(
         ...     "rms_norm",
@@ -67,14 +67,14 @@ class Reading:
 
     @property
     def holders(self) -> dict[str, int | str | None]:
-        """The word's result names → where each is: the index of a returned value, a written argument, or nowhere."""
+        """The word's result names → the index of a returned value, a written argument, or None."""
         if isinstance(self.results, tuple):
             return {name: index for index, name in enumerate(self.results)}
         return dict(self.results)
 
     @property
     def sources(self) -> Iterator[int | str]:
-        """Every argument, by name, and returned value, by index, that it has a place for."""
+        """Every argument (by name) and returned value (by index) that it accounts for."""
         for operand in self.operands.values():
             yield from (operand,) if isinstance(operand, str) else operand.sources
         for need in self.needs:
@@ -84,8 +84,8 @@ class Reading:
         if self.when is not None:
             yield self.when
 
-    def read(self, call: Application, earlier: Mapping[str, fx.Node | Unheld]) -> Term:
-        """The term that a call is, behind those words of the same operator whose results are ``earlier``."""
+    def read(self, call: OperatorCall, earlier: Mapping[str, fx.Node | Virtual]) -> Term:
+        """The term of a call. ``earlier`` are the results of the operator's earlier words."""
         refusals = [reason for need in self.needs if (reason := need.unmet(call)) is not None]
         operands = dict(self.constants)
         for parameter, operand in self.operands.items():
@@ -94,24 +94,24 @@ class Reading:
                 refusals.append(found)
                 found = None
             operands[parameter] = found
-        results: dict[str, fx.Node | Unheld] = {}
+        results: dict[str, fx.Node | Virtual] = {}
         for name, holder in self.holders.items():
-            held: Held = Unheld(call.node, f"{name} of {call.name}") if holder is None else call.results[holder]
+            held: Result = Virtual(call.node, f"{name} of {call.name}") if holder is None else call.results[holder]
             if isinstance(held, Reason):
                 refusals.append(held)
-                held = Unheld(call.node, f"{name} of {call.name}")
+                held = Virtual(call.node, f"{name} of {call.name}")
             results[name] = held
         return Term(self.word, operands, results, refusals[0] if refusals else None, dict(self.notes))
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """An operator that comes near some words and is none of them: a reason in the report where one is looked for.
+    """An operator that is close to some words but is none of them. Where they are looked for, the report has a reason.
 
     Attributes:
         words: The words' names.
-        operand: The operator's argument that the words would take first.
-        reason: What it is instead.
+        operand: The operator's argument that would be the words' first operand.
+        reason: How the operator differs.
 
     Example:
         >>> reason = Reason("per_tensor", "acme::quantize takes one scale for the whole tensor", "one for each token")
@@ -134,10 +134,11 @@ class Dialect:
     """Readings of a family of operators.
 
     Attributes:
-        name: What messages call it.
+        name: Its name in messages.
         readings: The operator's qualified name (``"acme::rms_norm"``, or ``"acme::rms_norm.out"`` for one overload) →
-            how it reads: a `Reading`, several for the words that it means one after another, or a `Refusal`.
-        state: What the readings hang on beside the graph, as a value: the compile cache must tell it apart.
+            a `Reading`, several for words in sequence, or a `Refusal`.
+        state: External state that the readings depend on, e.g. a table of group names. It becomes part of the
+            compile-cache key.
     """
 
     name: str
@@ -145,18 +146,19 @@ class Dialect:
     state: Callable[[], object] | None = field(default=None, repr=False)
 
     def words_of(self, operator: str) -> tuple[Reading, ...]:
-        """The readings of one operator, in order; none where it is refused."""
+        """The readings of one operator, in order; none for a `Refusal`."""
         reading = self.readings[operator]
         if isinstance(reading, Reading):
             return (reading,)
         return () if isinstance(reading, Refusal) else reading
 
 
-def read(reading: Reading | tuple[Reading, ...] | Refusal, call: Application) -> list[Term]:
-    """The terms that a call is.
+def read(reading: Reading | tuple[Reading, ...] | Refusal, call: OperatorCall) -> list[Term]:
+    """The terms of a call.
 
     Raises:
-        PatternError: where the reading names what the operator lacks, or leaves out an argument without default.
+        PatternError: The reading names an argument or result that the operator lacks, or leaves out an argument
+            without a default.
     """
     readings: tuple[Reading | Refusal, ...] = reading if isinstance(reading, tuple) else (reading,)
     named = {source for each in readings for source in each.sources}
@@ -166,7 +168,7 @@ def read(reading: Reading | tuple[Reading, ...] | Refusal, call: Application) ->
         return [Term(word, {"x": operand}, {}, reading.reason) for word in reading.words]
     overlooked = _overlooked(call, named)
     terms: list[Term] = []
-    earlier: dict[str, fx.Node | Unheld] = {}
+    earlier: dict[str, fx.Node | Virtual] = {}
     for each in readings:
         assert isinstance(each, Reading)
         if each.when is not None and call.arguments[each.when] is None:
@@ -179,8 +181,8 @@ def read(reading: Reading | tuple[Reading, ...] | Refusal, call: Application) ->
     return terms
 
 
-def _check(call: Application, named: Iterable[int | str]) -> None:
-    """Raise where a reading names an argument or result that the operator does not have."""
+def _check(call: OperatorCall, named: Iterable[int | str]) -> None:
+    """Raise if a reading names an argument or result that the operator does not have."""
     arguments = {argument.name for argument in call.schema.arguments}
     for source in named:
         if source not in (arguments if isinstance(source, str) else range(len(call.schema.returns))):
@@ -188,8 +190,8 @@ def _check(call: Application, named: Iterable[int | str]) -> None:
             raise PatternError(f"reading of {call.name} uses its {kind} {source!r}, needs one of {call.schema}")
 
 
-def _overlooked(call: Application, named: set[int | str]) -> Reason | None:
-    """Why a call must be left alone: an argument that its reading does not know has another value than its default."""
+def _overlooked(call: OperatorCall, named: set[int | str]) -> Reason | None:
+    """The reason if an argument that the reading does not account for differs from its default, else None."""
     for argument in call.schema.arguments:
         if argument.name in named:
             continue

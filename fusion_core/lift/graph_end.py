@@ -1,39 +1,24 @@
-"""Where a graph ends that is being compiled: at a graph break, or where the model's own code does."""
+"""The end of a graph that is being compiled: a graph break, or the end of the model's code."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
-
+from fusion_core._torch.dynamo import graph_end
 from fusion_core.reason import Reason
-
-_end: ContextVar[Any] = ContextVar("fusion_core_graph_end", default=None)
-
-
-@contextmanager
-def compiling(graph_module: Any) -> Iterator[None]:
-    """While this block runs, the graph is compiled that Dynamo captured in ``graph_module``."""
-    token = _end.set(getattr(graph_module, "compile_subgraph_reason", None))  # Dynamo's, of why it ends there
-    try:
-        yield
-    finally:
-        _end.reset(token)
 
 
 def ending(before: str, word: str) -> Reason:
-    """Why a word cannot follow a value that nothing in its graph uses: the graph ends behind it.
+    """The reason why a word does not follow a value that nothing in its graph uses: the graph ends after it.
 
     Args:
-        before: What gives the value.
-        word: The word.
+        before: The word that computes the value.
+        word: The word that is missing.
     """
-    why, needs = _end.get(), f"{word} of it"
-    if why is None:  # compiled by other means than this library's own backends: nobody said
-        return Reason("graph_end", f"the graph ends here, behind {before}", needs)
-    if not why.graph_break:
-        return Reason("graph_end", f"the graph ends here, behind {before}: the model's code does too", needs)
-    said = next(iter(str(why.reason).splitlines()), "")
-    hint = f"Dynamo says: {said}; TORCH_LOGS=graph_breaks says where"
-    return Reason("graph_break", f"the graph ends here (graph break), behind {before}", needs, hint=hint)
+    why, needs = graph_end(), f"{word} of it"
+    if why is None:  # not compiled by this library's own backends: the cause is unknown
+        return Reason("graph_end", f"the graph ends here, after {before}", needs)
+    is_break, words = why
+    if not is_break:
+        return Reason("graph_end", f"the graph ends here, after {before}, as does the model's code", needs)
+    first_line = next(iter(words.splitlines()), "")
+    hint = f"Dynamo reports: {first_line}; TORCH_LOGS=graph_breaks shows where"
+    return Reason("graph_break", f"the graph ends here (graph break), after {before}", needs, hint=hint)

@@ -1,4 +1,4 @@
-"""What nearly is a word of a value, and is not: looked for where the value is, and no further."""
+"""Near misses: expressions near a value that are close to a word but are not that word."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_core.lift.algebra import Function, Meaning
+from fusion_core.lift.algebra import Function, Product
 from fusion_core.lift.term import Term
 from fusion_core.reason import Reason
 
@@ -20,28 +20,28 @@ _CONCERNS = {
         ("factor",),
     ),
 }
-"""Codes of the near misses of a word, the most telling first."""
+"""Codes of the near misses of a word, the most informative first."""
 _STILL_IT = ("rounded", "part", "heads")
-"""Codes of near misses behind which something may still be said of the value."""
-_MOST = 40  # nodes around a value
+"""Codes of near misses after which the search for others goes on."""
+_MOST = 40  # nodes to search around a value
 
 
 class Misses(dict[fx.Node, Reason]):
-    """Nodes that nearly read as something → why they do not.
+    """Nodes that are near misses → the reasons.
 
     Args:
-        meanings: What each node of the graph is.
-        terms: The words that take a value.
+        products: The product of each node of the graph.
+        terms: The terms that take each value.
     """
 
-    def __init__(self, meanings: Mapping[fx.Node, Meaning], terms: Mapping[Any, Sequence[Term]]) -> None:
+    def __init__(self, products: Mapping[fx.Node, Product], terms: Mapping[Any, Sequence[Term]]) -> None:
         super().__init__()
-        self._meanings = meanings
+        self._products = products
         self._terms = terms
         self._near: dict[tuple[fx.Node, str], Reason | None] = {}
 
     def near(self, value: fx.Node, word: str) -> Reason | None:
-        """What nearly is the word, among what reads as a function of the value: nothing that comes of another one."""
+        """The near miss of the word among functions of the value only, not of other values; None if there is none."""
         if word not in _CONCERNS or not self:
             return None
         if (value, word) not in self._near:
@@ -64,19 +64,20 @@ class Misses(dict[fx.Node, Reason]):
         return next((reason for codes in _CONCERNS[word] for reason in found if reason.code in codes), None)
 
     def _reads_on(self, node: fx.Node, word: str) -> bool:
-        """Whether a node is still on the way from a value to a word. A bound, for one, makes another value of it."""
-        meaning = self._meanings.get(node)
-        if meaning is None:  # of several results, one may be a near miss
+        """Whether a node is still on the way from a value to a word. A bound, for example, makes it another value."""
+        product = self._products.get(node)
+        if product is None:  # one of several results may be a near miss
             return not isinstance(node.meta.get("val"), torch.Tensor)
         if word == "add":
-            return meaning.multiple is not None
-        bounds = (atom for atom, _ in meaning.factors if isinstance(atom, Function) and atom.name != "abs")
-        return meaning.row is not None or next(bounds, None) is None
+            return product.multiple is not None
+        bounds = (atom for atom, _ in product.factors if isinstance(atom, Function) and atom.name != "abs")
+        return product.row is not None or next(bounds, None) is None
 
     def _counts(self, reason: Reason, node: fx.Node, word: str, seen: set[fx.Node]) -> bool:
-        """Whether a near miss is one of this word.
+        """Whether a near miss belongs to this word.
 
-        A part of a value is where that part is normed, or added. What is broadcast comes from elsewhere.
+        A slice of a value does if the slice is normed, or added. A broadcast does if the other operand is no value of
+        this search.
         """
         if reason.code in ("part", "heads"):
             return any(term.word == word for term in self._terms.get(node, ()))

@@ -1,4 +1,4 @@
-"""What a reading may say of an operand beside an argument's name, and the conditions under which it holds."""
+"""Operands of a reading that are not an argument's name, and the conditions of a reading."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import fx
 
 from fusion_core.errors import PatternError, shown
 from fusion_core.lift.algebra import same_size
-from fusion_core.lift.operator_call import Application
-from fusion_core.lift.term import Unheld
+from fusion_core.lift.operator_call import OperatorCall
+from fusion_core.lift.term import Virtual
 from fusion_core.reason import Reason
 from fusion_core.site import TensorMeta, dtype_name
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """An operand that an earlier word of the same operator gives.
+    """An operand that is a result of an earlier word of the same operator.
 
     Attributes:
         result: The name of that word's result.
-        otherwise: The argument that stands for it where that word is left out (`Reading.when`).
+        otherwise: The argument to use instead if that word is left out (`Reading.when`).
 
     Example:
-        ``acme::add_norm(Tensor x, Tensor y, float eps) -> (Tensor, Tensor)`` gives the norm of a sum, and the sum:
+        ``acme::add_norm(Tensor x, Tensor y, float eps) -> (Tensor, Tensor)`` returns the norm of a sum, and the sum:
 
         >>> from fusion_core import Reading
         >>> readings = (
@@ -49,7 +49,7 @@ class Earlier:
         if self.otherwise is not None:
             yield self.otherwise
 
-    def of(self, call: Application, earlier: Mapping[str, fx.Node | Unheld]) -> Any:
+    def of(self, call: OperatorCall, earlier: Mapping[str, fx.Node | Virtual]) -> Any:
         """The operand in one call."""
         if self.result in earlier or self.otherwise is None:
             return earlier[self.result]
@@ -57,16 +57,16 @@ class Earlier:
 
 
 class _Function:
-    """A function of what is known of some arguments and returned values before run time."""
+    """A function of some arguments and returned values, as far as they are known before run time."""
 
     def __init__(self, function: Callable[..., Any], *sources: int | str) -> None:
         self.function = function
         self.sources = sources
 
-    def _value(self, call: Application) -> Any:
+    def _value(self, call: OperatorCall) -> Any:
         lacking = [source for source in self.sources if source not in call.values]
         if lacking:
-            return Reason("unknown", f"{lacking[0]} of {call.name} cannot be told", "a tensor of its own")
+            return Reason("unknown", f"{lacking[0]} of {call.name} is unknown", "a tensor of its own")
         return self.function(*(call.values[source] for source in self.sources))
 
     def __repr__(self) -> str:  # no address: it is a part of the compile-cache key
@@ -75,12 +75,12 @@ class _Function:
 
 
 class Derived(_Function):
-    """An operand that follows from arguments and returned values.
+    """An operand that is computed from arguments and returned values.
 
     Attributes:
-        function: Takes what is known of each source: a `TensorMeta` for a tensor, else the value. Gives the operand, or
-            the `Reason` why the place must be left alone.
-        sources: Names of arguments and indexes of returned values.
+        function: Takes a `TensorMeta` for each source that is a tensor, else the value. Returns the operand, or the
+            `Reason` why the site must not be fused.
+        sources: Names of arguments and indices of returned values.
 
     Example:
         >>> from fusion_core import TensorMeta
@@ -89,7 +89,7 @@ class Derived(_Function):
         >>> dtype = Derived(dtype_of, "out")
     """
 
-    def of(self, call: Application, earlier: Mapping[str, fx.Node | Unheld]) -> Any:
+    def of(self, call: OperatorCall, earlier: Mapping[str, fx.Node | Virtual]) -> Any:
         """The operand in one call, or a reason against it."""
         return self._value(call)
 
@@ -98,8 +98,8 @@ class Check(_Function):
     """A condition on arguments and returned values.
 
     Attributes:
-        function: As that of `Derived`, but it gives a `Reason` where the operator means something else, else None.
-        sources: Names of arguments and indexes of returned values.
+        function: As in `Derived`, but it returns a `Reason` if the operator means something else, else None.
+        sources: Names of arguments and indices of returned values.
 
     Example:
         >>> from fusion_core import Reason, TensorMeta
@@ -108,7 +108,7 @@ class Check(_Function):
         >>> need = Check(one_token, "x")
     """
 
-    def unmet(self, call: Application) -> Reason | None:
+    def unmet(self, call: OperatorCall) -> Reason | None:
         """Why one call does not meet the condition."""
         found = self._value(call)
         if found is None or isinstance(found, Reason):
@@ -137,7 +137,7 @@ class Only:
         """The argument."""
         return (self.argument,)
 
-    def unmet(self, call: Application) -> Reason | None:
+    def unmet(self, call: OperatorCall) -> Reason | None:
         """Why one call does not meet the condition."""
         value = call.values.get(self.argument)
         if any(_equal(value, allowed) for allowed in self.values):
@@ -148,7 +148,7 @@ class Only:
 
 
 def _equal(value: Any, allowed: Any) -> bool:
-    """Whether a value is the allowed one: without a guard on a symbolic number, and not True for 1."""
+    """Whether a value is the allowed one, without a guard on a symbolic number. True does not equal 1."""
     if isinstance(allowed, tuple | list):
         lists = isinstance(value, tuple) and len(value) == len(allowed)
         return lists and all(map(_equal, value, allowed))

@@ -1,7 +1,7 @@
-"""One application of an operator: its arguments by name, and which node holds each of its results.
+"""One application of an operator: its arguments by name, and the node of each result.
 
-A functional operator is a node by itself. One that writes into arguments stands inside ``auto_functionalized`` or
-``auto_functionalized_v2``, with which torch copies those arguments first and gives back what they hold afterwards.
+A functional operator is a node by itself. One that writes into arguments is wrapped in ``auto_functionalized`` or
+``auto_functionalized_v2``, which copies those arguments first and returns their values after the call.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
+from fusion_core._torch.operators import OpOverload, schema_of
 from fusion_core.lift.algebra import same_shape, same_size
-from fusion_core.lift.term import Unheld
+from fusion_core.lift.term import Virtual
 from fusion_core.reason import Reason
 from fusion_core.site import TensorMeta
 
@@ -24,26 +24,26 @@ BY_ARGUMENT = torch.ops.higher_order.auto_functionalized
 BY_BASE = torch.ops.higher_order.auto_functionalized_v2
 WRAPPERS = (BY_ARGUMENT, BY_BASE)
 
-Held = fx.Node | Unheld | Reason
+Result = fx.Node | Virtual | Reason
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Application:
+class OperatorCall:
     """One application of an operator.
 
     Attributes:
         node: The node, which may be a wrapper around the operator.
         schema: The operator's schema.
-        arguments: Argument name → node, scalar or None, defaults filled in; a `Reason` for what no node holds.
-        results: Index of a returned value, or name of an argument that is written into → the node that holds it
-            afterwards, or why it cannot be told.
-        values: Argument names and indexes of returned values → what is known before run time: a `TensorMeta`, a scalar.
+        arguments: Argument name → node, scalar or None, defaults filled in; a `Reason` if there is no node.
+        results: Index of a returned value, or name of an argument that is written into → the node with its value
+            after the call, or the reason why that is unknown.
+        values: Argument names and indices of returned values → a `TensorMeta` or a scalar, as known before run time.
     """
 
     node: fx.Node
     schema: Any
     arguments: Mapping[str, Any]
-    results: Mapping[int | str, Held]
+    results: Mapping[int | str, Result]
     values: Mapping[int | str, Any]
 
     @property
@@ -53,29 +53,30 @@ class Application:
 
 
 def operator_of(node: fx.Node) -> OpOverload | None:
-    """The operator that a node applies, by itself or through a wrapper; None where it is no operator."""
+    """The operator that a node applies, directly or through a wrapper; None if it applies none."""
     target: Any = node.args[0] if node.target in WRAPPERS else node.target
     return target if isinstance(target, OpOverload) else None
 
 
-def application(node: fx.Node) -> Application | None:
-    """What a node applies; None where it writes into its arguments in place, so that no node holds what they become."""
+def operator_call(node: fx.Node) -> OperatorCall | None:
+    """The call in a node; None if it writes into its arguments in place, so that their new values have no node."""
     applied = operator_of(node)
     assert applied is not None
-    reader = _Reader(node, applied._schema)
+    schema = schema_of(applied)
+    reader = _Reader(node, schema)
     if node.target is BY_ARGUMENT:
         reader.by_argument()
     elif node.target is BY_BASE:
         reader.by_base(is_out=torch.Tag.out in applied.tags)
-    elif applied._schema.is_mutable:
+    elif schema.is_mutable:
         return None
     else:
         reader.functional()
-    return Application(node, applied._schema, reader.arguments, reader.results, reader.values)
+    return OperatorCall(node, schema, reader.arguments, reader.results, reader.values)
 
 
 class _Reader:
-    """Fills in an application, in the way that its node asks for."""
+    """Fills in a call from its node, which has one of three forms."""
 
     def __init__(self, node: fx.Node, schema: Any) -> None:
         self.node = node
@@ -87,7 +88,7 @@ class _Reader:
             if user.target is operator.getitem:
                 self.picked.setdefault(user.args[1], user)  # type: ignore[arg-type]
         self.arguments = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-        self.results: dict[int | str, Held] = {}
+        self.results: dict[int | str, Result] = {}
         self.values: dict[int | str, Any] = {}
 
     def functional(self) -> None:
@@ -112,11 +113,11 @@ class _Reader:
     def by_base(self, *, is_out: bool) -> None:
         """``auto_functionalized_v2(op, **arguments)``: the returned values, then the bases of written arguments.
 
-        ``_all_bases`` holds the bases; ``_<name>_base_index`` and its like say how each argument lies in them.
+        ``_all_bases`` contains the bases; ``_<name>_base_index`` and similar keywords locate each argument in them.
         """
         extra: dict[str, Any] = dict(self.node.kwargs)
         self.arguments |= {a.name: extra.pop(a.name) for a in self.schema.arguments if a.name in extra}
-        if is_out:  # the operator's tensors are made inside the wrapper, which returns just them
+        if is_out:  # the wrapper allocates the operator's tensors and returns only them
             for index, name in enumerate(self.written):
                 made = self.node if len(self.written) == 1 else None
                 self.arguments[name] = Reason("out", f"{name} of {self.schema.name} is only written", "an input", name)
@@ -158,8 +159,8 @@ class _Reader:
         for name, argument in self.arguments.items():
             self.values.setdefault(name, _known(argument))
 
-    def _pick(self, index: int, name: str) -> fx.Node | Unheld:
-        return self.picked.get(index) or Unheld(self.node, f"{name} of {self.schema.name}")
+    def _pick(self, index: int, name: str) -> fx.Node | Virtual:
+        return self.picked.get(index) or Virtual(self.node, f"{name} of {self.schema.name}")
 
     def _shared(self, name: str, base: fx.Node) -> Reason:
         found = f"{name} of {self.schema.name} shares the memory of {base.name} with another written argument"
@@ -167,7 +168,7 @@ class _Reader:
 
 
 def _known(value: Any) -> Any:
-    """What is known of an argument before run time."""
+    """An argument as known before run time: a `TensorMeta`, a tuple, or the value."""
     if isinstance(value, fx.Node):
         value = value.meta.get("val")
     if isinstance(value, torch.Tensor):
@@ -175,10 +176,10 @@ def _known(value: Any) -> Any:
     return tuple(map(_known, value)) if isinstance(value, tuple | list) else value
 
 
-def _view(after: fx.Node | Unheld, meta: TensorMeta, offset: Any) -> fx.Node | Unheld | None:
-    """The node that holds a view of a base afterwards, where it is all that is used of the base; None otherwise."""
-    if isinstance(after, Unheld) or not after.users:
-        return after if isinstance(after, Unheld) else Unheld(after, after.name)
+def _view(after: fx.Node | Virtual, meta: TensorMeta, offset: Any) -> fx.Node | Virtual | None:
+    """The node of a view of a base after the call, if nothing else of the base is used; else None."""
+    if isinstance(after, Virtual) or not after.users:
+        return after if isinstance(after, Virtual) else Virtual(after, after.name)
     user = next(iter(after.users))
     value = user.meta.get("val")
     if len(after.users) > 1 or not isinstance(value, torch.Tensor) or not _is_view(user) or meta.stride is None:
@@ -188,5 +189,5 @@ def _view(after: fx.Node | Unheld, meta: TensorMeta, offset: Any) -> fx.Node | U
 
 
 def _is_view(node: fx.Node) -> bool:
-    returns: Any = getattr(getattr(node.target, "_schema", None), "returns", ())
+    returns: Any = getattr(schema_of(node.target), "returns", ())
     return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write

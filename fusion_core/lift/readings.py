@@ -1,25 +1,25 @@
-"""What the operators of other frameworks read as: every dialect's readings, applied to the nodes of one graph."""
+"""Every dialect's readings, applied to the nodes of one graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from torch import fx
-from torch._ops import OpOverload
 
+from fusion_core._torch.operators import OpOverload, names_of, schema_of
 from fusion_core.errors import PatternError, described
 from fusion_core.lift.dialect import Dialect, Reading, Refusal, read
-from fusion_core.lift.operator_call import application, operator_of
+from fusion_core.lift.operator_call import operator_call, operator_of
 from fusion_core.lift.term import Term
 
 Found = tuple[Dialect, Reading | tuple[Reading, ...] | Refusal]
 
 
 class Readings:
-    """The readings of several dialects; the last one that names an operator counts.
+    """The readings of several dialects. If several dialects read one operator, the last one applies.
 
     Attributes:
-        problems: Readings that do not fit their operators; each is left out.
+        problems: Readings that do not fit their operators; these are left out.
         collectives: Names of the operators that read as an all_reduce.
     """
 
@@ -35,20 +35,20 @@ class Readings:
         self._known: dict[OpOverload, Found | None] = {}
 
     def terms(self, node: fx.Node) -> list[Term] | None:
-        """The terms that a node reads as; None where no dialect knows its operator."""
+        """The terms of a node, or None if no dialect reads its operator."""
         operator = operator_of(node)
         if operator is None:
             return None
-        if operator not in self._known:  # a graph has many nodes and few operators, and a schema is slow to look at
-            name = operator._schema.name
-            overload = f"{name}.{operator._overloadname}"
+        if operator not in self._known:  # a graph has many nodes and few operators, and reading a schema is slow
+            name = schema_of(operator).name
+            overload = f"{name}.{names_of(operator)[1]}"
             self._known[operator] = self._readings.get(overload) or self._readings.get(name)
         found = self._known[operator]
         if found is None:
             return None
         dialect, reading = found
         try:
-            call = application(node)
+            call = operator_call(node)
             return [] if call is None else read(reading, call)
         except KeyboardInterrupt:
             raise

@@ -1,4 +1,4 @@
-"""How one operator reads: a rule, and the table of rules."""
+"""Rules that read operators as products, and their table."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_core.lift.algebra import Meaning
+from fusion_core._torch.operators import OpOverload, names_of, schema_of
+from fusion_core.lift.algebra import Product
 from fusion_core.reason import Reason
 
-Read = Callable[[Any], Meaning]
-Rule = Callable[[fx.Node, Read], Meaning | Reason | None]
-"""From a node and a function from an argument to its meaning, the node's meaning; None for "a new tensor about which
-nothing more is known", or a reason where that is a near miss that a user may want to hear of."""
+Read = Callable[[Any], Product]
+Rule = Callable[[fx.Node, Read], Product | Reason | None]
+"""Takes a node and a function from an argument to its product. Returns the node's product, None for a new tensor of
+which nothing more is known, or a `Reason`: the same as None, with a near miss that a report may name."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,7 +25,7 @@ class Rules(dict[Any, Rule]):
     """Rules by operator."""
 
     def reads(self, *targets: Any) -> Callable[[Rule], Rule]:
-        """Make the function below the rule of these operators."""
+        """Decorator that makes a function the rule of these operators."""
 
         def register(rule: Rule) -> Rule:
             self.update(dict.fromkeys(targets, rule))
@@ -34,25 +35,25 @@ class Rules(dict[Any, Rule]):
 
 
 def is_cheap(node: fx.Node) -> bool:
-    """Whether a node is a view or works element by element."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    """Whether a node is a view or elementwise."""
+    if not isinstance(node.target, OpOverload):
         return False
-    is_view = any(value.alias_info is not None for value in node.target._schema.returns)
+    is_view = any(value.alias_info is not None for value in schema_of(node.target).returns)
     return not node.is_impure() and (is_view or torch.Tag.pointwise in node.target.tags)
 
 
 def called(node: fx.Node) -> str:
-    """What a node does, in the model's words where torch has kept them: ``clamp``, not the ``clamp_min`` of it."""
+    """The name of a node's operation, as in the model if torch recorded that: ``clamp`` instead of ``clamp_min``."""
     origin = node.meta.get("original_aten")
-    if isinstance(origin, torch._ops.OpOverload) and origin.namespace == "aten":
-        return str(origin._opname)
+    if isinstance(origin, OpOverload) and origin.namespace == "aten":
+        return names_of(origin)[0]
     return re.sub(r"(_\d+)+$", "", node.name)
 
 
 def writers(node: fx.Node) -> Iterator[fx.Node]:
-    """The users that write into a node's memory, looked for through views of it."""
+    """The users that write into a node's memory, directly or through views."""
     for user in node.users:
-        arguments = getattr(getattr(user.target, "_schema", None), "arguments", ())
+        arguments = getattr(schema_of(user.target), "arguments", ())
         for argument, value in zip(arguments, user.args, strict=False):
             if value is not node or argument.alias_info is None:
                 continue

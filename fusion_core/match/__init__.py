@@ -1,1 +1,1 @@
-"""Where a pattern matches a lifted graph, or the nearest miss."""
+"""Matching of patterns against a lifted graph: a match, or the nearest miss."""

@@ -27,7 +27,7 @@ class Parameter:
         is_tensor: Whether it is a tensor.
         required: Whether it has no default.
         default: Its default.
-        optional: Whether None may stand for it, as for a norm without weight.
+        optional: Whether it may be None, such as the weight of a norm without one.
     """
 
     name: str
@@ -41,19 +41,19 @@ class Parameter:
 class Pattern:
     """A fusible computation: search graph, oracle and fallback in one function.
 
-    The function takes tensors, scalars and the keyword ``group``, calls words of the vocabulary only, starts from one
-    ``all_reduce``, and returns every value that a user of the place may want, in the order of ``outputs``. Called with
-    float64 tensors it is the oracle.
+    The function takes tensors, scalars and the keyword ``group``. It calls only words of the vocabulary, starts from
+    one collective, such as ``all_reduce``, and returns every value that code outside a site may use, in the order of
+    ``outputs``. Called with float64 tensors it is the oracle.
 
     Attributes:
         function: The definition. Its name is the pattern's name.
-        outputs: Names of what it returns, in order.
-        returns: The outputs that the eager function of the same name returns unless asked for others.
-        example: For `fusion_core.testing`: from x's shape and dtype, a `TensorMeta` or value for each parameter that
-            the kit cannot make up by itself (it knows ``x``, what is added to it, ``weight``, ``scale``,
-            ``global_scale``, ``eps`` and defaults). None where there is none.
-        parameters: Its parameters but ``group``, by name.
-        steps: The definition written down, operation by operation; the first is the all_reduce.
+        outputs: Names of the results, in order.
+        returns: The outputs that the eager function of the same name returns by default.
+        example: For `fusion_core.testing`: a function of x's shape and dtype that returns a `TensorMeta` or value for
+            each parameter that the kit cannot generate (it generates ``x``, the residual, ``weight``, ``scale``,
+            ``global_scale``, ``eps`` and parameters with defaults). None if there is no such parameter.
+        parameters: Its parameters except ``group``, by name.
+        steps: The recorded definition, one step per operation; the first is the collective.
     """
 
     function: Callable[..., Any]
@@ -62,16 +62,23 @@ class Pattern:
     example: Callable[[tuple[int, ...], torch.dtype], dict[str, Any]] | None = None
     parameters: dict[str, Parameter] = field(init=False)
     positional: tuple[str, ...] = field(init=False)
+    tensors: tuple[str, ...] = field(init=False)
+    """Names of the tensor parameters, in order."""
+    scalars: tuple[str, ...] = field(init=False)
+    """Names of the scalar parameters, in order."""
     steps: tuple[Step, ...] = field(init=False)
     values: tuple[Symbol, ...] = field(init=False)
-    """The symbol behind each output, in the order of ``outputs``."""
+    """The symbol of each output, in the order of ``outputs``."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", _parameters(self.function))
-        # plain attributes and not cached properties, whose lock Dynamo cannot trace: `bind` runs inside compiled models
+        # plain attributes, not cached properties, whose lock Dynamo cannot trace: `bind` runs inside compiled models
         parameters = inspect.signature(self.function).parameters.values()
         by_position = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY and p.name != GROUP]
         object.__setattr__(self, "positional", tuple(by_position))
+        named = {kind: tuple(p.name for p in self.parameters.values() if p.is_tensor is kind) for kind in (True, False)}
+        object.__setattr__(self, "tensors", named[True])
+        object.__setattr__(self, "scalars", named[False])
         steps, values = _record(self)
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "values", values)
@@ -83,32 +90,32 @@ class Pattern:
         """The pattern's name."""
         return self.function.__name__
 
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """Names of the tensor parameters, in order."""
-        return tuple(p.name for p in self.parameters.values() if p.is_tensor)
-
-    @property
-    def scalars(self) -> tuple[str, ...]:
-        """Names of the scalar parameters, in order."""
-        return tuple(p.name for p in self.parameters.values() if not p.is_tensor)
-
     @functools.cached_property
     def elementwise(self) -> frozenset[str]:
-        """Tensor parameters that are added to x or to what became of it, and so have its shape."""
+        """Tensor parameters that are added to x or to a value computed from it, and so have its shape."""
         added = (operand for step in self.steps if step.operation.commutative for operand in step.operands.values())
         return frozenset(o.name for o in added if isinstance(o, Symbol) and o.step is None) & frozenset(self.tensors)
 
     @property
+    def collective(self) -> str:
+        """The word that it starts from."""
+        return self.steps[0].operation.name
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether its results are of each rank's own part of a vector."""
+        return self.steps[0].operation.by_rank
+
+    @property
     def words(self) -> tuple[str, ...]:
-        """Names of the operations it is made of, in order."""
+        """Names of its operations, in order."""
         return tuple(step.operation.name for step in self.steps)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments by parameter name, ``group`` left out, defaults filled in.
+        """Arguments by parameter name, without ``group``, with defaults filled in.
 
         Raises:
-            TypeError: where they do not fit the definition.
+            TypeError: The arguments do not fit the definition.
         """
         positional = self.positional
         given = {**dict(zip(positional, args, strict=False)), **kwargs}
@@ -133,10 +140,10 @@ def pattern(
     returns: tuple[str, ...] | None = None,
     example: Callable[[tuple[int, ...], torch.dtype], dict[str, Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Pattern]:
-    """Make the function below a pattern, under the function's own name.
+    """Decorator that makes a function a pattern, named after the function.
 
     Args:
-        outputs: Names of what it returns, in order.
+        outputs: Names of the results, in order.
         returns: The outputs that the eager function returns by default; None for all.
         example: See `Pattern`.
 
@@ -196,12 +203,14 @@ def _record(pattern: Pattern) -> tuple[tuple[Step, ...], tuple[Symbol, ...]]:
             f"pattern {pattern.name!r} returns {len(values)} values, needs {pattern.outputs}, each a word's result"
         )
     words = [step.operation.name for step in recorder.steps]
-    if words[:1] != ["all_reduce"] or words.count("all_reduce") != 1:
-        raise PatternError(f"pattern {pattern.name!r} is made of {words}, needs exactly one all_reduce, and that first")
+    collectives = [step.operation.alone is not None for step in recorder.steps]
+    if collectives[:1] != [True] or sum(collectives) != 1:
+        needs = "exactly one collective word, such as all_reduce, and that first"
+        raise PatternError(f"pattern {pattern.name!r} is made of {words}, needs {needs}")
     operands = recorder.steps[0].operands
     if operands["x"] is not symbols.get("x") or operands["group"] is not symbols[GROUP]:
         raise PatternError(
-            f"pattern {pattern.name!r} reduces {operands}, needs all_reduce(x, {GROUP}) of its own parameters"
+            f"pattern {pattern.name!r} calls {words[0]} of {operands}, needs {words[0]}(x, {GROUP}) of its parameters"
         )
     for step in recorder.steps[1:]:
         if not any(isinstance(operand, Symbol) and operand.step is not None for operand in step.operands.values()):

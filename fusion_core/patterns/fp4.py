@@ -1,7 +1,7 @@
 """The patterns that end in FP4.
 
 All share the parameters of `all_reduce_rms_norm` and `all_reduce_add_rms_norm`, and quantise the *rounded* norm, as the
-vendors' kernels do. What each quantisation is, word for word, stands with the word in `fusion_core.vocabulary`.
+vendors' kernels do. `fusion_core.vocabulary` defines each quantisation exactly.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def all_reduce_rms_norm_nvfp4(
         global_scale: A *multiplier*, one float32.
         eps: Added to the mean of squares.
         weight_bias: 0 for Llama's form, 1 for Gemma's.
-        norm_dtype: Dtype of ``normed``; None for that of what is normed.
+        norm_dtype: Dtype of ``normed``; None for that of the norm's input.
         scale_layout: ``"swizzled_128x4"`` or ``"linear"``.
         group: The process group.
     """
@@ -73,7 +73,7 @@ def all_reduce_add_rms_norm_nvfp4(
         eps: Added to the mean of squares.
         weight_bias: 0 for Llama's form, 1 for Gemma's.
         residual_dtype: Dtype of ``residual_out``; None for torch's promotion of ``x`` and ``residual``.
-        norm_dtype: Dtype of ``normed``; None for that of what is normed.
+        norm_dtype: Dtype of ``normed``; None for that of the norm's input.
         scale_layout: ``"swizzled_128x4"`` or ``"linear"``.
         group: The process group.
     """
@@ -106,7 +106,7 @@ def all_reduce_rms_norm_mxfp4(
         weight: ``[n]``, or None.
         eps: Added to the mean of squares.
         weight_bias: 0 for Llama's form, 1 for Gemma's.
-        norm_dtype: Dtype of ``normed``; None for that of what is normed.
+        norm_dtype: Dtype of ``normed``; None for that of the norm's input.
         scale_rounding: ``"even"``, ``"floor"`` or ``"up"``.
         ties: ``"even"`` or ``"away"``.
         group: The process group.
@@ -143,7 +143,7 @@ def all_reduce_add_rms_norm_mxfp4(
         eps: Added to the mean of squares.
         weight_bias: 0 for Llama's form, 1 for Gemma's.
         residual_dtype: Dtype of ``residual_out``; None for torch's promotion of ``x`` and ``residual``.
-        norm_dtype: Dtype of ``normed``; None for that of what is normed.
+        norm_dtype: Dtype of ``normed``; None for that of the norm's input.
         scale_rounding: ``"even"``, ``"floor"`` or ``"up"``.
         ties: ``"even"`` or ``"away"``.
         group: The process group.

@@ -1,7 +1,7 @@
 """The patterns that end in FP8.
 
 All share the parameters of `all_reduce_rms_norm` and `all_reduce_add_rms_norm`, and quantise the *rounded* norm, as the
-vendors' kernels do. What each quantisation is, word for word, stands with the word in `fusion_core.vocabulary`.
+vendors' kernels do. `fusion_core.vocabulary` defines each quantisation exactly.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def all_reduce_rms_norm_static_fp8(
         scale: The dequantisation scale, one float32.
         eps: Added to the mean of squares.
         weight_bias: 0 for Llama's form, 1 for Gemma's.
-        norm_dtype: Dtype of ``normed``; None for that of what is normed.
+        norm_dtype: Dtype of ``normed``; None for that of the norm's input.
         fp8_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e4m3fnuz``.
         fp8_max: The largest magnitude; None for that of ``fp8_dtype``.
         group: The process group.
@@ -82,7 +82,7 @@ def all_reduce_add_rms_norm_static_fp8(
         eps: Added to the mean of squares.
         weight_bias: 0 for Llama's form, 1 for Gemma's.
         residual_dtype: Dtype of ``residual_out``; None for torch's promotion of ``x`` and ``residual``.
-        norm_dtype: Dtype of ``normed``; None for that of what is normed.
+        norm_dtype: Dtype of ``normed``; None for that of the norm's input.
         fp8_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e4m3fnuz``.
         fp8_max: The largest magnitude; None for that of ``fp8_dtype``.
         group: The process group.
@@ -116,7 +116,7 @@ def all_reduce_rms_norm_token_fp8(
         weight: ``[n]``, or None.
         eps: Added to the mean of squares.
         weight_bias: 0 for Llama's form, 1 for Gemma's.
-        norm_dtype: Dtype of ``normed``; None for that of what is normed.
+        norm_dtype: Dtype of ``normed``; None for that of the norm's input.
         fp8_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e4m3fnuz``.
         fp8_max: The largest magnitude; None for that of ``fp8_dtype``.
         min_scale: The least scale; None for the word's own.
@@ -155,7 +155,7 @@ def all_reduce_add_rms_norm_token_fp8(
         eps: Added to the mean of squares.
         weight_bias: 0 for Llama's form, 1 for Gemma's.
         residual_dtype: Dtype of ``residual_out``; None for torch's promotion of ``x`` and ``residual``.
-        norm_dtype: Dtype of ``normed``; None for that of what is normed.
+        norm_dtype: Dtype of ``normed``; None for that of the norm's input.
         fp8_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e4m3fnuz``.
         fp8_max: The largest magnitude; None for that of ``fp8_dtype``.
         min_scale: The least scale; None for the word's own.
@@ -194,7 +194,7 @@ def all_reduce_rms_norm_group_fp8(
         weight: ``[n]``, or None.
         eps: Added to the mean of squares.
         weight_bias: 0 for Llama's form, 1 for Gemma's.
-        norm_dtype: Dtype of ``normed``; None for that of what is normed.
+        norm_dtype: Dtype of ``normed``; None for that of the norm's input.
         group_size: Elements per scale.
         fp8_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e4m3fnuz``.
         fp8_max: The largest magnitude; None for that of ``fp8_dtype``.
@@ -247,7 +247,7 @@ def all_reduce_add_rms_norm_group_fp8(
         eps: Added to the mean of squares.
         weight_bias: 0 for Llama's form, 1 for Gemma's.
         residual_dtype: Dtype of ``residual_out``; None for torch's promotion of ``x`` and ``residual``.
-        norm_dtype: Dtype of ``normed``; None for that of what is normed.
+        norm_dtype: Dtype of ``normed``; None for that of the norm's input.
         group_size: Elements per scale.
         fp8_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e4m3fnuz``.
         fp8_max: The largest magnitude; None for that of ``fp8_dtype``.

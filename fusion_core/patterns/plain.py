@@ -11,7 +11,7 @@ from fusion_core.vocabulary import all_reduce as reduce_sum
 
 @pattern(outputs=("reduced",))
 def all_reduce(x: torch.Tensor, *, group: str) -> torch.Tensor:
-    """The bare sum over all ranks: ``reduced = sum_r x_r``.
+    """Only the sum over all ranks: ``reduced = sum_r x_r``.
 
     Args:
         x: ``[..., n]``, floating.
@@ -61,7 +61,7 @@ def all_reduce_add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``residual_out = sum_r x_r + residual``; ``normed`` is the RMSNorm of ``residual_out``.
 
-    The norm is taken of the rounded ``residual_out``, as a model in plain torch takes it.
+    The norm is that of the rounded ``residual_out``, as in a model in plain torch.
 
     Args:
         x: ``[..., n]``, floating.
@@ -76,3 +76,48 @@ def all_reduce_add_rms_norm(
     reduced = reduce_sum(x, group)
     residual_out = add(reduced, residual, dtype=residual_dtype)
     return rms_norm(residual_out, weight, eps, weight_bias=weight_bias, dtype=norm_dtype), residual_out, reduced
+
+
+@pattern(
+    outputs=("normed", "residual_out", "post_normed", "reduced"),
+    returns=("normed", "residual_out"),
+)
+def all_reduce_rms_norm_add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    post_weight: torch.Tensor | None,
+    post_eps: float,
+    weight: torch.Tensor | None,
+    eps: float,
+    *,
+    post_weight_bias: float = 0.0,
+    post_norm_dtype: torch.dtype | None = None,
+    weight_bias: float = 0.0,
+    residual_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+    group: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``residual_out = rms_norm(sum_r x_r) + residual``; ``normed`` is the RMSNorm of ``residual_out``.
+
+    The form of models that norm a layer's result before they add it, and the sum again for the next layer: Gemma 2 and
+    3, GLM-4, and the end of OLMo 2 and 3.
+
+    Args:
+        x: ``[..., n]``, floating.
+        residual: The shape of ``x``, equal on all ranks.
+        post_weight: The weight of the norm of the sum over ranks, ``[n]``, or None.
+        post_eps: Added to the mean of squares of the sum over ranks.
+        weight: The weight of the norm of ``residual_out``, ``[n]``, or None.
+        eps: Added to the mean of squares of ``residual_out``.
+        post_weight_bias: 0 for Llama's form, 1 for Gemma's.
+        post_norm_dtype: Dtype of the norm of the sum over ranks; None for ``x.dtype``.
+        weight_bias: 0 for Llama's form, 1 for Gemma's.
+        residual_dtype: Dtype of ``residual_out``; None for torch's promotion of the norm and ``residual``.
+        norm_dtype: Dtype of ``normed``; None for that of ``residual_out``.
+        group: The process group.
+    """
+    reduced = reduce_sum(x, group)
+    post_normed = rms_norm(reduced, post_weight, post_eps, weight_bias=post_weight_bias, dtype=post_norm_dtype)
+    residual_out = add(post_normed, residual, dtype=residual_dtype)
+    normed = rms_norm(residual_out, weight, eps, weight_bias=weight_bias, dtype=norm_dtype)
+    return normed, residual_out, post_normed, reduced

@@ -1,13 +1,14 @@
-"""Asking requirements of a site: at once, by token counts, or again at each call.
+"""Asks requirements about a site: at once, by token count, or again at each call.
 
-A graph for any number of tokens is compiled once. A requirement that does not look at sizes known only at run time is
-answered then. One that does is answered for every count: `changes_at` says exactly where its answer may change, or it
-is asked at each call, of the site that the call has. It is never answered by the sizes of the first call, which would
-add a guard to the graph, or another answer on each rank.
+A graph for any number of tokens is compiled once. A requirement that does not look at run-time sizes is answered then.
+One that does is answered for every count: `changes_at` lists exactly the counts at which its answer may change, or it
+is asked at each call, about the site of that call. The sizes of the first call never decide: that would add a guard to
+the graph, or give another answer on each rank.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -24,26 +25,26 @@ RUN_TIME = "run_time_size"
 
 
 FAILED = "requirement"
-"""The code of a refusal because a requirement raised, or gave what is no answer."""
+"""The code of a refusal because a requirement raised, or returned neither a Reason nor None."""
 
 
 def answered(requirement: Requirement, site: Site) -> Reason | None:
-    """Why a site does not meet a requirement. Its code is a plugin's: that it raised is a reason too."""
+    """The reason why a site does not meet a requirement, or None. A requirement is a plugin's code, and may raise."""
     try:
         found: object = requirement.unmet(site)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  # sys.exit of a plugin too
-        what = f"requirement '{said(requirement)}' raised {described(error)}"
+        what = f"requirement '{text_of(requirement)}' raised {described(error)}"
         return Reason(FAILED, what, "a Reason or None at any site")
     if found is None or isinstance(found, Reason):
         return found
-    what = f"requirement '{said(requirement)}' gave {type(found).__name__} {said(found)!r}"
+    what = f"requirement '{text_of(requirement)}' gave {type(found).__name__} {text_of(found)!r}"
     return Reason(FAILED, what, "a Reason or None at any site")
 
 
-def said(value: object) -> str:
-    """What a requirement, or what it gave, is called in a message."""
+def text_of(value: object) -> str:
+    """The text of a requirement, or of what it returned, for a message."""
     return shown(value, str)
 
 
@@ -57,12 +58,12 @@ class When(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a requirement says of a site.
+    """The answer of a requirement at a site.
 
     Attributes:
         when: When it is answered.
-        reason: Why it is not met; None where it is met, or not answered yet.
-        changes: Token counts at which the answer may change, where it is given by count.
+        reason: Why it is not met; None if it is met or not answered yet.
+        changes: Token counts at which the answer may change, if it is given by count.
     """
 
     when: When
@@ -70,28 +71,54 @@ class Answer:
     changes: tuple[int, ...] = ()
 
 
-def ask(requirement: Requirement, site: Site) -> Answer:
-    """Ask a requirement of a site, which may have sizes that are known only at run time."""
-    if not has_run_time_sizes(site):
-        return Answer(When.NOW, answered(requirement, site))
-    asked = ahead(site)
-    watched, watch = asked.watched()
-    reason = answered(requirement, watched)
-    if watch.looked and reason is not None and reason.code == FAILED:  # as it does where it compares an unknown size
-        reason = None
-    if reason is not None or not watch.looked:
-        return Answer(When.NOW, reason)
-    changes = _changes(requirement, site) if site.tokens is None else None
-    if isinstance(changes, Reason):
-        return Answer(When.NOW, changes)
-    if changes is not None:
-        return Answer(When.BY_COUNT, changes=changes)
-    unknown = _undetermined(requirement, asked, watch)
-    return Answer(When.EACH_CALL) if unknown is None else Answer(When.NOW, unknown)
+class Answers:
+    """The answers of requirements at one site. Each is asked once: a strategy's variants share requirement objects.
+
+    Args:
+        site: The site, which may have sizes that are known only at run time.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self._known: dict[int, tuple[Requirement, Answer]] = {}
+
+    @functools.cached_property
+    def _ahead(self) -> Ahead | None:
+        """The site as requirements see it before a call; None if all its sizes are known."""
+        return ahead(self.site) if has_run_time_sizes(self.site) else None
+
+    def ask(self, requirement: Requirement) -> Answer:
+        """The answer of a requirement."""
+        known = self._known.get(id(requirement))
+        if known is None:  # keeps the requirement alive, so that no other one can get its id
+            known = self._known[id(requirement)] = requirement, self._ask(requirement)
+        return known[1]
+
+    def unmet(self, requirements: Iterable[Requirement]) -> tuple[Reason, ...]:
+        """Every reason why requirements are not met, as far as it is known before a call."""
+        return tuple(reason for each in requirements if (reason := self.ask(each).reason) is not None)
+
+    def _ask(self, requirement: Requirement) -> Answer:
+        site, asked = self.site, self._ahead
+        if asked is None:
+            return Answer(When.NOW, answered(requirement, site))
+        watched, watch = asked.watched()
+        reason = answered(requirement, watched)
+        if watch.looked and reason is not None and reason.code == FAILED:  # as it does if it compares an unknown size
+            reason = None
+        if reason is not None or not watch.looked:
+            return Answer(When.NOW, reason)
+        changes = _changes(requirement, site) if site.tokens is None else None
+        if isinstance(changes, Reason):
+            return Answer(When.NOW, changes)
+        if changes is not None:
+            return Answer(When.BY_COUNT, changes=changes)
+        unknown = _undetermined(requirement, asked, watch)
+        return Answer(When.EACH_CALL) if unknown is None else Answer(When.NOW, unknown)
 
 
 def _changes(requirement: Requirement, site: Site) -> tuple[int, ...] | Reason | None:
-    """Token counts at which the answer may change; a reason where the plugin's code raises, or gives something else."""
+    """Token counts at which the answer may change; a reason if the plugin's code raises or returns anything else."""
     changes_at = getattr(requirement, "changes_at", None)
     if changes_at is None:
         return None
@@ -101,18 +128,18 @@ def _changes(requirement: Requirement, site: Site) -> tuple[int, ...] | Reason |
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  # sys.exit of a plugin too
-        what = f"changes_at of requirement '{said(requirement)}' raised {described(error)}"
+        what = f"changes_at of requirement '{text_of(requirement)}' raised {described(error)}"
         return Reason(FAILED, what, "token counts or None")
     if counts is None or all(type(count) is int for count in counts):
         return counts
-    what = f"changes_at of requirement '{said(requirement)}' gave {said(found)}"
+    what = f"changes_at of requirement '{text_of(requirement)}' gave {text_of(found)}"
     return Reason(FAILED, what, "token counts or None")
 
 
 def _undetermined(requirement: Requirement, asked: Ahead, watch: Watch) -> Reason | None:
-    """Why what a requirement looked at does not follow from the token count of a call; None where it does."""
+    """Why the sizes that a requirement looked at do not follow from a call's token count; None if they do."""
     looked = watch.symbols | (asked.leading if watch.tokens else set())
-    found = f"{said(requirement)} depends on a size that is known only at run time"
+    found = f"{text_of(requirement)} depends on a size that is known only at run time"
     if looked & asked.unbacked:
         hint = "fusion_core.Tokens(most=..., least=...) states a limit on the token count for such graphs"
         return Reason(RUN_TIME, f"{found}, from data", "a size that the graph's inputs have", hint=hint)
@@ -126,27 +153,22 @@ def _undetermined(requirement: Requirement, asked: Ahead, watch: Watch) -> Reaso
 
 
 def looks_at_tokens(requirement: Requirement, site: Site) -> bool:
-    """Whether the answer may be another for another number of tokens."""
+    """Whether the answer may depend on the number of tokens."""
     watched, watch = ahead(any_tokens(site)).watched()
-    answered(requirement, watched)  # what it looked at counts, not what came of it
+    answered(requirement, watched)  # the answer does not matter, only what it looked at
     return watch.looked
 
 
-def unmet(requirements: Iterable[Requirement], site: Site) -> tuple[Reason, ...]:
-    """Every reason why requirements are not met, as far as it is known before a call."""
-    return tuple(reason for each in requirements if (reason := ask(each, site).reason) is not None)
-
-
 class Terms:
-    """What several requirements say of a site whose token count is known only at run time.
+    """The answers of several requirements at a site whose token count is known only at run time.
 
     Args:
         requirements: The requirements.
-        site: The site.
+        answers: The answers of the site.
     """
 
-    def __init__(self, requirements: Sequence[Requirement], site: Site) -> None:
-        self._answers = [(each, ask(each, site)) for each in requirements]
+    def __init__(self, requirements: Sequence[Requirement], answers: Answers) -> None:
+        self._answers = [(each, answers.ask(each)) for each in requirements]
 
     @property
     def changes(self) -> set[int]:
@@ -155,12 +177,17 @@ class Terms:
 
     @property
     def each_call(self) -> tuple[int, ...]:
-        """The places of those that each call has to ask."""
+        """The indices of the requirements that each call has to ask."""
         return tuple(place for place, (_, answer) in enumerate(self._answers) if answer.when is When.EACH_CALL)
 
-    def unmet(self, site: Site) -> tuple[Reason, ...]:
-        """Every reason at a site of fixed size, without those that each call has to ask."""
+    def unmet(self, answers: Answers) -> tuple[Reason, ...]:
+        """Every reason at a site of fixed size, without those that each call has to ask.
+
+        Args:
+            answers: The answers of that site.
+        """
         found = (
-            answered(each, site) if answer.when is When.BY_COUNT else answer.reason for each, answer in self._answers
+            answers.ask(each).reason if answer.when is When.BY_COUNT else answer.reason
+            for each, answer in self._answers
         )
         return tuple(reason for reason in found if reason is not None)

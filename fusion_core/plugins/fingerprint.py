@@ -1,4 +1,4 @@
-"""One key for all that a compiled graph hangs on."""
+"""One key for everything that a compiled graph depends on."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from types import CodeType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from fusion_core._torch.distributed import groups
+from fusion_core._torch.operators import schema_of
 from fusion_core.config import KEPT
 from fusion_core.errors import BackendError, described, shown
 from fusion_core.lift.dialect import Dialect
 from fusion_core.plugins.registry import Registry
 from fusion_core.plugins.sources import core_sources
-from fusion_core.plugins.strategy import Strategy, schema_of
+from fusion_core.plugins.strategy import Strategy
 from fusion_core.site import Device
 
 
@@ -34,8 +35,8 @@ def version() -> str:
 def fingerprint(registry: Registry, dry_run: bool = False) -> str:
     """A hash over core's and all plugins' files, declarations, libraries' versions, order, configuration and device.
 
-    Whatever changes a decision or what is emitted must change it: a graph from Inductor's cache is never looked at
-    again.
+    Whatever changes a decision or the emitted code must change the hash: the pass never sees a graph from Inductor's
+    cache.
     """
     device = Device.here()
     parts: list[object] = [
@@ -65,10 +66,10 @@ def fingerprint(registry: Registry, dry_run: bool = False) -> str:
 
 
 def states(registry: Registry) -> str:
-    """What the readings of dialects hang on beside the graph, such as another framework's names for process groups.
+    """External state that the readings of dialects depend on, such as another framework's names for process groups.
 
     Raises:
-        BackendError: where a dialect cannot tell.
+        BackendError: if the ``state`` of a dialect raises.
     """
     return repr([(dialect.name, _state(dialect)) for dialect in registry.dialects if dialect.state is not None])
 
@@ -84,11 +85,11 @@ def _state(dialect: Dialect) -> str:
 
 
 def tables(registry: Registry) -> str:
-    """Hashes of what was measured for each number of ranks that a group of this process has; empty if nothing."""
-    if not dist.is_available() or not dist.is_initialized():
+    """Fingerprints of the tuning table for each group size in this process; empty if there are none."""
+    sizes = sorted({group.size() for group in groups()})
+    if not sizes:
         return ""
     device = Device.here()
-    sizes = sorted({group.size() for group in list(dist.distributed_c10d._world.pg_map)})
     found = {size: registry.table(device, size) for size in sizes}
     known = {size: table.fingerprint for size, table in found.items() if table is not None}
     return repr(known) if known else ""
@@ -105,7 +106,7 @@ def _source(function: Any) -> str:
         return str(schema)
     name = getattr(function, "__qualname__", type(function).__qualname__)
     code = getattr(function, "__code__", None)
-    # a backend's strategies are mostly a few functions that differ in what they close over
+    # most strategies of a backend share a few functions and differ in their closures
     return _text(function, name) if code is None else _source_of(code, name)
 
 

@@ -20,15 +20,15 @@ HOOKS = tuple(sorted(name for name, value in vars(hookspecs).items() if hasattr(
 
 
 class Hooks:
-    """The hooks that one plugin implements, wrappers and other names than the hook's own included.
+    """The hooks that one plugin implements, including wrappers and functions with another name than the hook.
 
     Args:
         plugin: A module, or an object whose methods are the hooks.
         name: The backend's name.
 
     Raises:
-        BackendError: where a hook's name is unknown, or the plugin implements none.
-        pluggy.PluginValidationError: where an implementation takes what its hook does not give.
+        BackendError: if a hook's name is unknown, or the plugin implements none.
+        pluggy.PluginValidationError: if an implementation takes an argument that its hook does not have.
     """
 
     def __init__(self, plugin: ModuleType | Any, name: str) -> None:
@@ -44,7 +44,7 @@ class Hooks:
             raise BackendError(f"{_named(plugin)} implements no hook, needs {needs}")
 
     def call(self, hook: str, **arguments: Any) -> list[Any]:
-        """Each implementation's answer; None too, which pluggy leaves out."""
+        """The answer of each implementation, including None, which pluggy leaves out."""
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
         answers: list[Any] = caller(**arguments)
         if not isinstance(answers, list):
@@ -56,16 +56,16 @@ class Hooks:
         return answers + [None] * (len(plain) - len(answers))
 
     def items(self, hook: str, kind: type, *, or_none: bool = False, **arguments: Any) -> Iterator[Any]:
-        """What a hook gives, one by one.
+        """The items in a hook's answers, one by one.
 
         Args:
             hook: The hook's name.
-            kind: What each item must be.
-            or_none: Whether None is an answer, the same as nothing.
-            **arguments: What the hook is given.
+            kind: The type that each item must have.
+            or_none: Whether None is a valid answer, without items.
+            **arguments: The hook's arguments.
 
         Raises:
-            BackendError: where it gives something else.
+            BackendError: if an answer is anything else.
         """
         for answer in self.call(hook, **arguments):
             if answer is None and or_none:
@@ -79,7 +79,7 @@ class Hooks:
 
 
 def _check_names(manager: pluggy.PluginManager) -> None:
-    """Raise where a plugin implements what is no hook: a misspelt one would be silent."""
+    """Raise if a plugin implements an unknown hook: a misspelt one would never be called."""
     for name, caller in vars(manager.hook).items():
         if name.startswith("_") or caller.has_spec():
             continue
@@ -93,7 +93,7 @@ def _check_names(manager: pluggy.PluginManager) -> None:
 
 
 def _check_marks(plugin: ModuleType | Any) -> None:
-    """Raise where a function has a hook's name and no mark: nothing would ever call it."""
+    """Raise if a function has a hook's name but no mark: it would never be called."""
     for name in HOOKS:
         function = inspect.getattr_static(plugin, name, None)
         own = getattr(function, "__module__", None) == getattr(plugin, "__name__", type(plugin).__module__)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    from fusion_core.fallback import Status
     from fusion_core.lift.dialect import Dialect
     from fusion_core.patterns.definition import Pattern
     from fusion_core.plugins.strategy import Strategy
     from fusion_core.reason import Reason
     from fusion_core.report.report import Report
-    from fusion_core.run_time import Status
     from fusion_core.site import Device
 
 hookspec = pluggy.HookspecMarker("fusion_core")
@@ -23,12 +23,12 @@ hookimpl = pluggy.HookimplMarker("fusion_core")
 
 @hookspec
 def fusion_strategies() -> Iterable[Strategy]:  # type: ignore[empty-body]
-    """Ways in which this plugin can run patterns. Declarations only: must not import the kernel library."""
+    """The strategies of this plugin. Declarations only: must not import the kernel library."""
 
 
 @hookspec
 def fusion_available(device: Device) -> Iterable[Reason]:  # type: ignore[empty-body]
-    """Why this backend cannot be used on ``device``, if it cannot. Asked before any of its strategies."""
+    """The reasons why this backend cannot be used on ``device``, if any. Asked before any of its strategies."""
 
 
 @hookspec
@@ -38,7 +38,7 @@ def fusion_patterns() -> Iterable[Pattern]:  # type: ignore[empty-body]
 
 @hookspec
 def fusion_dialects() -> Iterable[Dialect]:  # type: ignore[empty-body]
-    """How operators of another framework read in the neutral vocabulary."""
+    """Readings of another framework's operators in the neutral vocabulary."""
 
 
 @hookspec
@@ -48,4 +48,4 @@ def fusion_report(report: Report) -> None:
 
 @hookspec
 def fusion_status(device: Device) -> Iterable[Status]:  # type: ignore[empty-body]
-    """What this backend holds in this process. Called when a person asks: ``fusion-core backends``."""
+    """The state that this backend keeps in this process. Called on demand, by ``fusion-core backends``."""

@@ -1,4 +1,4 @@
-"""The condition that somebody measured a strategy to be faster, for where no table of this machine says it."""
+"""The condition that a strategy was measured to be faster, for machines without a tuning table."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fusion_core.site import Site
 
 @dataclass(frozen=True)
 class KnownFaster:
-    """Somebody measured the strategy to be faster than the unfused path on this machine's kind, at this input size.
+    """The strategy was measured to be faster than the unfused path on this kind of machine, at this input size.
 
-    For `Strategy.worthwhile`; a table of ``fusion-core tune`` that has the strategy goes before it. A size that is
-    known only at run time is met: the choice is made then.
+    For `Strategy.worthwhile`. A table of ``fusion-core tune`` that has the strategy takes precedence. A size that is
+    known only at run time meets the condition: the choice is made then.
 
     Attributes:
         arg: The input whose size counts.
         sizes: Architecture, number of ranks, and the bytes of the input above which and up to which it was faster.
-            Empty where nobody has measured it.
-        source: Who measured it, as a phrase behind the sizes.
+            Empty if it has not been measured.
+        source: Who measured it, as a phrase that follows the sizes.
 
     Example:
         >>> from fusion_core import Device, TensorMeta
@@ -35,7 +35,7 @@ class KnownFaster:
     source: str | None = None
 
     def unmet(self, site: Site) -> Reason | None:
-        """Why it is not known to be faster."""
+        """The reason if it is not known to be faster, else None."""
         here = f"{site.world_size} ranks of {site.device}"
         ranges = [(above, to) for arch, ranks, above, to in self.sizes if (arch, ranks) == _machine(site)]
         if not ranges:

@@ -1,8 +1,7 @@
-"""Plugins by their entry points, one at a time: a broken one is named, and never hides the others."""
+"""Loads plugins by their entry points, one at a time: a broken one is named, and never hides the others."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
@@ -18,7 +17,7 @@ from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import Pattern
 from fusion_core.plugins.declarations import check_fields, check_printable
 from fusion_core.plugins.hooks import Hooks
-from fusion_core.plugins.sources import libraries, plugin_sources
+from fusion_core.plugins.sources import OWN, libraries, name_and_version, plugin_sources
 from fusion_core.plugins.strategy import Strategy
 from fusion_core.reason import Reason
 from fusion_core.vocabulary import Operation
@@ -32,6 +31,7 @@ class Backend:
     plugin: ModuleType | Any
     hooks: Hooks = field(repr=False, compare=False)
     strategies: tuple[Strategy, ...] = ()
+    """The strategies, with each variant as one of its own."""
     patterns: tuple[Pattern, ...] = ()
     dialects: tuple[Dialect, ...] = ()
     distribution: str = ""
@@ -40,10 +40,12 @@ class Backend:
     """The module that its entry point names."""
     sources: str = ""
     """A hash of all its files, as they were when it was loaded."""
+    declared: tuple[Strategy, ...] = ()
+    """The strategies as it declared them, with their variants."""
 
     @property
     def libraries(self) -> dict[str, str | None]:
-        """The versions of what its distribution asks for."""
+        """The versions of the distributions that its own requires."""
         return libraries(self.distribution, self.name)
 
 
@@ -59,7 +61,7 @@ class LoadFailure:
 
 
 def load_all(points: list[EntryPoint]) -> tuple[dict[str, Backend], list[LoadFailure]]:
-    """The backends behind these entry points by name, whole and checked, and why each other one is not used."""
+    """The backends of these entry points by name, loaded and checked, and why each of the others is not used."""
     loaded: dict[str, Backend] = {}
     failures: list[LoadFailure] = []
     taken: dict[str, str] = {pattern.name: "fusion_core" for pattern in CORE_PATTERNS}
@@ -97,7 +99,7 @@ def load_all(points: list[EntryPoint]) -> tuple[dict[str, Backend], list[LoadFai
 
 
 def _known(loaded: dict[str, Backend]) -> dict[str, Pattern]:
-    """Core's patterns and those of the backends that are still in."""
+    """Core's patterns and those of the backends that have not failed."""
     return {p.name: p for p in CORE_PATTERNS} | {p.name: p for b in loaded.values() for p in b.patterns}
 
 
@@ -119,30 +121,28 @@ def _load(name: str, candidates: list[EntryPoint]) -> Backend:
     check_printable("the entry point's name", name)
     plugin = point.load()
     hooks = Hooks(plugin, name)
-    strategies = tuple(hooks.items("fusion_strategies", Strategy))
-    for strategy in strategies:
+    declared = tuple(hooks.items("fusion_strategies", Strategy))
+    for strategy in declared:
         check_fields(strategy)
     return Backend(
         name,
         plugin,
         hooks,
-        strategies,
+        tuple(each for strategy in declared for each in strategy.expanded()),
         tuple(hooks.items("fusion_patterns", Pattern)),
         tuple(hooks.items("fusion_dialects", Dialect)),
         _distribution(point),
         point.module,
         plugin_sources(point.module, point.dist),
+        declared,
     )
 
 
 def _is_in_tree(point: EntryPoint) -> bool:
     """Whether an entry point came with fusion_core itself; no other distribution can have its name."""
-    return point.dist is not None and _canonical(point.dist.name) == "fusion-core"
+    from packaging.utils import canonicalize_name  # takes some ms, which `import fusion_core` need not spend
 
-
-def _canonical(name: str) -> str:
-    """A distribution's name in the one spelling that packaging compares."""
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return point.dist is not None and canonicalize_name(name_and_version(point.dist)[0]) == OWN
 
 
 def _owner(point: EntryPoint) -> str:
@@ -150,7 +150,7 @@ def _owner(point: EntryPoint) -> str:
 
 
 def _distribution(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else ""
+    return " ".join(name_and_version(point.dist)) if point.dist is not None else ""
 
 
 def _check_patterns(backend: Backend, taken: dict[str, str]) -> None:
@@ -189,7 +189,7 @@ def _check_readings(backend: Backend, words: dict[str, Operation]) -> None:
 
 
 def check_dialect(dialect: Dialect, words: Mapping[str, Operation]) -> None:
-    """Raise where a reading does not fit its word: it would never be matched, and nothing would say why."""
+    """Raise if a reading does not fit its operation: it would never match, without any message."""
     for operator, reading in dialect.readings.items():
         where = f"dialect {dialect.name!r}, reading of {operator!r}"
         given_words = reading.words if isinstance(reading, Refusal) else [r.word for r in dialect.words_of(operator)]

@@ -1,4 +1,4 @@
-"""Everything that plugins bring: backends, strategies, patterns, dialects, and what failed to load."""
+"""Everything that plugins provide: backends, strategies, patterns, dialects, and what failed to load."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from fusion_core.config import FusionConfig, check_environment
 from fusion_core.errors import BackendError, ConfigError, described
+from fusion_core.fallback import Status
 from fusion_core.lift.dialect import Dialect
 from fusion_core.lift.dialects import CORE_DIALECTS
 from fusion_core.patterns import CORE_PATTERNS
@@ -18,22 +19,21 @@ from fusion_core.plugins.loader import Backend, LoadFailure, load_all
 from fusion_core.plugins.once import warn_once
 from fusion_core.plugins.strategy import Strategy
 from fusion_core.reason import Reason
-from fusion_core.run_time import Status
 from fusion_core.site import Device
 from fusion_core.tables.store import Found, find
 from fusion_core.tables.table import Table
 
 GROUP = "fusion_core.backends"
 LAST = ("reference",)
-"""Backends that come after all others unless the user orders otherwise: they are always usable and gain nothing."""
+"""Backends that come after all others unless the user orders otherwise: they are always usable and never faster."""
 
 
-@dataclass
+@dataclass(eq=False)  # compared by identity: it is the key of caches
 class Registry:
     """Backends in the order in which they are tried, and those that failed to load.
 
     Attributes:
-        config: What the user chose.
+        config: The user's configuration.
         backends: The usable ones by name, best first.
         failures: Those that are not used, by name.
         patterns: Every pattern by name, core's and plugins'.
@@ -47,10 +47,6 @@ class Registry:
     tiers: tuple[tuple[str, ...], ...] = ()
     _available: dict[tuple[str, Device], tuple[Reason, ...]] = field(default_factory=dict)
     _tables: dict[tuple[Device, int], Found] = field(default_factory=dict)
-    chosen_by_tokens: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
-    """For `fusion_core.decide.token_ranges`: what was decided of sites of one form."""
-    facts: dict[Device, Mapping[str, Any]] = field(default_factory=dict, init=False, repr=False)
-    """For `fusion_core.agree.ranks`: what other ranks are told."""
     _refused: Mapping[str, tuple[Reason, ...]] = field(default_factory=dict)
     _tableless: Reason | None = None
 
@@ -61,9 +57,9 @@ class Registry:
         Imports the plugins, and none of the kernel libraries behind them.
 
         Raises:
-            BackendError: where a backend named in ``config.order`` is unknown or fails to load, where no backend has
-                an option named in ``config.options``, and under ``config.strict`` where any backend fails to load.
-            ConfigError: where the environment holds a value or a name that cannot be used.
+            BackendError: if a backend named in ``config.order`` is unknown or fails to load, if no backend has an
+                option named in ``config.options``, and under ``config.strict`` if any backend fails to load.
+            ConfigError: if the environment contains a value or a name that cannot be used.
         """
         check_environment()
         return cls.of(entry_points(group=GROUP), FusionConfig() if config is None else config)
@@ -85,8 +81,14 @@ class Registry:
         return cls(config, {name: loaded[name] for name in names}, tuple(failures), patterns, tiers)
 
     def strategies(self, pattern: str) -> tuple[Strategy, ...]:
-        """Every strategy for a pattern, in the order in which backends are tried."""
-        return tuple(s for backend in self.backends.values() for s in backend.strategies if s.pattern == pattern)
+        """Every strategy for a pattern, each variant by itself, in the order in which backends are tried."""
+        return self._strategies.get(pattern, ())
+
+    @functools.cached_property
+    def _strategies(self) -> dict[str, tuple[Strategy, ...]]:
+        every = [strategy for backend in self.backends.values() for strategy in backend.strategies]
+        names = dict.fromkeys(strategy.pattern for strategy in every)
+        return {name: tuple(each for each in every if each.pattern == name) for name in names}
 
     @functools.cached_property
     def dialects(self) -> tuple[Dialect, ...]:
@@ -94,7 +96,7 @@ class Registry:
         return (*CORE_DIALECTS, *(dialect for backend in self.backends.values() for dialect in backend.dialects))
 
     def unavailable(self, backend: str, device: Device) -> tuple[Reason, ...]:
-        """Why a backend cannot be used on a device; empty where it can. Asked once per device."""
+        """The reasons why a backend cannot be used on a device; empty if it can. Asked once per device."""
         key = (backend, device)
         if key not in self._available:
             try:
@@ -102,30 +104,30 @@ class Registry:
                 reasons = tuple(hooks.items("fusion_available", Reason, or_none=True, device=device))
             except KeyboardInterrupt:
                 raise
-            except BaseException as error:  # noqa: BLE001  # it makes its own backend unavailable, and no other
+            except BaseException as error:  # noqa: BLE001  # it makes only its own backend unavailable
                 reasons = (Reason("probe", f"fusion_available of {backend!r} raised {described(error)}"),)
             self._available[key] = reasons
         return self._available[key] or self._refused.get(backend, ())
 
     def without(self, backends: Mapping[str, tuple[Reason, ...]], table: Reason | None) -> Registry:
-        """The same for ranks that differ: some backends cannot be used on any device, and tables perhaps not either.
+        """A copy for ranks that differ: without some backends on any device, and without tables if there is a reason.
 
         Args:
-            backends: Their names → why.
-            table: Why no table is used; None where it is.
+            backends: Names of backends that cannot be used → why.
+            table: Why no table is used; None if tables may be used.
         """
         return replace(self, _tables={}, _refused=backends, _tableless=table)
 
     def table(self, device: Device, world_size: int) -> Table | None:
-        """What was measured on this machine with so many ranks; None where nothing was, or the user wants none.
+        """The tuning table of this machine for this number of ranks; None if there is none, or the user wants none.
 
         Raises:
-            ConfigError: under ``config.strict``, where a table that is there cannot be used.
+            ConfigError: under ``config.strict``, if there is a table that cannot be used.
         """
         return self.found_table(device, world_size).table
 
     def found_table(self, device: Device, world_size: int) -> Found:
-        """The same, with where it comes from, or why it cannot be used; looked for once."""
+        """The same table with its origin, or why it cannot be used. Searched for once."""
         if self._tableless is not None:
             return Found(None, problems=(self._tableless,))
         key = (device, world_size)
@@ -139,10 +141,10 @@ class Registry:
         return self._tables[key]
 
     def status(self, backend: str, device: Device) -> tuple[Status, ...]:
-        """What a backend holds in this process.
+        """The state that a backend keeps in this process.
 
         Raises:
-            BackendError: where its hook raises, or gives anything but `Status` objects.
+            BackendError: if its hook raises, or returns anything but `Status` objects.
         """
         try:
             hooks = self.backends[backend].hooks
@@ -153,7 +155,7 @@ class Registry:
             raise BackendError(f"fusion_status of {backend!r} raised {described(error)}") from error
 
     def notify(self, report: Any) -> None:
-        """Hand a report to every plugin that asked for it; one that raises is named in a warning."""
+        """Pass a report to every plugin that implements ``fusion_report``; one that raises is named in a warning."""
         for backend in self.backends.values():
             try:
                 backend.hooks.call("fusion_report", report=report)
@@ -167,9 +169,9 @@ class Registry:
 
 
 def _check_options(config: FusionConfig, loaded: dict[str, Backend], failures: list[LoadFailure]) -> None:
-    """Raise where no strategy has an option: a misspelt one is not silent."""
+    """Raise if no strategy has an option: a misspelt one would have no effect."""
     known = {strategy.switch for backend in loaded.values() for strategy in backend.strategies} - {None}
-    failed = {failure.backend for failure in failures} - loaded.keys()  # said already; what it has, nobody knows
+    failed = {failure.backend for failure in failures} - loaded.keys()  # already reported; their options are unknown
     for option in config.options:
         if option not in known and option.partition(".")[0] not in failed:
             listed = ", ".join(sorted(filter(None, known))) or "none"

@@ -1,8 +1,8 @@
-"""What a plugin is made of: every file of its distribution, and the versions of what the distribution asks for.
+"""The sources of a plugin: every file of its distribution, and the versions of what the distribution requires.
 
-An installed distribution lists its files. An editable one lists a path file instead, that names folders: what can be
-imported from there is the distribution's, and so are the modules in its ``top_level.txt``. A plugin without a
-distribution is the package that its module is in.
+An installed distribution lists its files. An editable one lists a path file instead, which names folders: everything
+that can be imported from there belongs to the distribution, and so do the modules in its ``top_level.txt``. The sources
+of a plugin without a distribution are the package that contains its module.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import csv
 import functools
 import hashlib
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
 from importlib.machinery import all_suffixes
 from importlib.metadata import Distribution, PackageNotFoundError, requires
 from importlib.metadata import version as version_of
@@ -26,6 +26,19 @@ OWN = "fusion-core"
 _known: dict[tuple[str, str], str] = {}
 
 
+def name_and_version(distribution: Distribution) -> tuple[str, str]:
+    """A distribution's name and version; cached, since each of its properties parses its metadata anew."""
+    if isinstance(distribution, Hashable):  # an importer's own class need not be
+        return _name_and_version(distribution)
+    return _name_and_version.__wrapped__(distribution)
+
+
+@functools.lru_cache(maxsize=256)
+def _name_and_version(distribution: Distribution) -> tuple[str, str]:
+    metadata = distribution.metadata
+    return metadata["Name"], metadata["Version"]
+
+
 @functools.cache
 def core_sources() -> str:
     """A hash of the library's own files."""
@@ -33,11 +46,11 @@ def core_sources() -> str:
 
 
 def plugin_sources(module: str, distribution: Distribution | None) -> str:
-    """A hash of a plugin's files, as they are when this process first asks: what is imported then is what runs.
+    """A hash of a plugin's files at the first call in this process: the code that is imported then is what runs.
 
     Args:
         module: The module that its entry point names.
-        distribution: What its entry point came with, where it came with any.
+        distribution: The distribution of its entry point; None if it has none.
     """
     key = module, "" if distribution is None else str(distribution.locate_file(""))
     if key not in _known:
@@ -47,17 +60,17 @@ def plugin_sources(module: str, distribution: Distribution | None) -> str:
 
 def plugin_files(module: str, distribution: Distribution | None) -> dict[str, Path]:
     """The files of a plugin, by names that are the same on every machine."""
-    if distribution is None or distribution.name == OWN:  # fusion_core's own files are in every key
+    if distribution is None or name_and_version(distribution)[0] == OWN:  # fusion_core's own files are in every key
         return _package(module)
     try:
         return _distributed(module, distribution)
-    except (OSError, ValueError, csv.Error):  # what the distribution says of itself cannot be read
+    except (OSError, ValueError, csv.Error):  # the metadata of the distribution cannot be read
         return _package(module)
 
 
 def _distributed(module: str, distribution: Distribution) -> dict[str, Path]:
     listed = _listed(distribution)
-    if _file(module) in listed.values():  # what the plugin makes in its folder at run time is not among them
+    if _file(module) in listed.values():  # without files that the plugin writes into its folder at run time
         return listed
     found = listed | _package(module)
     for folder in _path_folders(listed):
@@ -69,18 +82,18 @@ def _distributed(module: str, distribution: Distribution) -> dict[str, Path]:
 
 
 def libraries(distribution: str, name: str) -> dict[str, str | None]:
-    """The versions of what a distribution asks for, by itself or in an extra of this name; None for what is not there.
+    """The versions of what a distribution and its extra ``name`` require; None for what is not installed.
 
     Args:
         distribution: Its name and version.
-        name: The backend's.
+        name: The backend's name, which may also be that of an extra.
     """
     needed = {*_required(distribution.partition(" ")[0], name)} - {OWN, *_required(OWN, "")}
     return {name: _version(name) for name in sorted(needed)}
 
 
 def _listed(distribution: Distribution) -> dict[str, Path]:
-    """What an installation says that it has put beside other distributions, but what describes the distribution."""
+    """The files that a distribution lists among the installed modules, without its metadata."""
     found = {}
     for file in distribution.files or ():
         described = file.parts[0].endswith((".dist-info", ".egg-info"))
@@ -90,7 +103,7 @@ def _listed(distribution: Distribution) -> dict[str, Path]:
 
 
 def _package(module: str) -> dict[str, Path]:
-    """The files of the outermost package that a module is in, or of the module; a namespace is no such package."""
+    """The files of the outermost package that contains a module, or of the module. Namespace packages do not count."""
     parts = module.split(".")
     for place in range(1, len(parts) + 1):
         file = _file(".".join(parts[:place]))
@@ -102,7 +115,7 @@ def _package(module: str) -> dict[str, Path]:
 
 
 def _file(module: str) -> Path | None:
-    """Where a module is, whether it has been imported or not."""
+    """The file of a module, imported or not; None if it has none."""
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
         try:
@@ -114,7 +127,7 @@ def _file(module: str) -> Path | None:
 
 
 def _tree(path: Path, name: str) -> dict[str, Path]:
-    """A module, or all files in a package's folder and in the folders in it."""
+    """A module's file, or all files in a package's folder and its subfolders."""
     found = {}
     seen = set()
     for here, folders, files in os.walk(path, followlinks=True):
@@ -132,7 +145,7 @@ def _is_content(name: str) -> bool:
 
 
 def _path_folders(listed: dict[str, Path]) -> Iterator[Path]:
-    """The folders that an editable installation has put on the path of modules."""
+    """The folders that an editable installation adds to ``sys.path``."""
     for file in listed.values():
         if file.suffix == ".pth" and file.is_file():
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -142,7 +155,7 @@ def _path_folders(listed: dict[str, Path]) -> Iterator[Path]:
 
 
 def _tops(folder: Path, namespace: str) -> Iterator[Path]:
-    """What can be imported from a folder by one name: modules, packages, and its part of the plugin's namespace."""
+    """The top-level importable entries of a folder: modules, packages, and its part of the plugin's namespace."""
     for entry in folder.iterdir():
         is_module = entry.name.endswith(tuple(all_suffixes()))
         if is_module or entry.name == namespace or (entry / "__init__.py").is_file():
@@ -157,11 +170,11 @@ def _hash(files: dict[str, Path]) -> str:
 
 
 def _content(file: Path) -> str:
-    """A hash of what a file holds; a word for what is no file, or cannot be read."""
+    """A hash of a file's content; a word for what is not a file or cannot be read."""
     try:
         if not file.exists():  # in an archive
             file = next(parent for parent in file.parents if parent.exists())
-        if not file.is_file():  # a pipe would be waited for
+        if not file.is_file():  # opening a pipe would block
             return "no file"
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -175,11 +188,18 @@ def _version(distribution: str) -> str | None:
 
 
 def _required(distribution: str, extra: str) -> Iterator[str]:
+    from packaging.requirements import (  # takes some 40 ms, only when the key is made
+        InvalidRequirement,
+        Requirement,
+    )
+    from packaging.utils import canonicalize_name
+
     lines = _metadata(requires, distribution) if distribution else None
     for line in lines or ():
-        requirement, _, marker = line.partition(";")
-        if "extra" not in marker or re.search(rf"\bextra\s*==\s*['\"]{re.escape(extra)}['\"]", marker):
-            yield re.split(r"[^\w.-]", requirement.strip(), maxsplit=1)[0].lower()
+        with suppress(InvalidRequirement):  # only old distributions have invalid ones
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                yield canonicalize_name(requirement.name)
 
 
 def _metadata(ask: Callable[[str], Any], distribution: str) -> Any:

@@ -1,4 +1,4 @@
-"""The requirement on the number of tokens, as data: exact for counts that are known only at run time too."""
+"""The requirement on the number of tokens, as data: exact even for counts that are known only at run time."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from fusion_core.site import Site
 class Tokens:
     """The token count, the rows of x, is within bounds and a multiple of a number.
 
-    In a graph for any number of tokens the bounds are exact, and the multiple is looked at in each call; neither adds
-    a guard.
+    In a graph for any number of tokens the bounds are exact, and each call checks the multiple; neither adds a guard.
 
     Attributes:
         most: The largest count; None for no bound.
         least: The smallest; None for no bound.
-        multiple_of: What divides each count; None for any.
+        multiple_of: A number that divides each count; None for any.
 
     Raises:
-        BackendError: for a value that is no whole number, for bounds that no count meets, and without any value.
+        BackendError: for a value that is not a whole number, for bounds that no count meets, and without any value.
 
     Example:
         >>> import torch
@@ -56,7 +55,7 @@ class Tokens:
         return -(-max(self.least or 0, 1) // of) * of
 
     def unmet(self, site: Site) -> Reason | None:
-        """Why the count does not fit; None for one that is known only at run time."""
+        """The reason if the count does not fit; None for one that is known only at run time."""
         tokens, least, most, of = site.tokens, self.least, self.most, self.multiple_of
         if tokens is None:
             return None
@@ -65,7 +64,7 @@ class Tokens:
         return Reason("tokens", f"x has {_counted(tokens)}", str(self), "x")
 
     def changes_at(self, site: Site) -> tuple[int, ...] | None:
-        """Counts at which the answer changes; None where those are too many to name, and each call has to ask."""
+        """Counts at which the answer changes; None if there are too many to list, so that each call has to ask."""
         if self.multiple_of not in (None, 1):
             return None
         return tuple(count for count in (self.least, None if self.most is None else self.most + 1) if count is not None)

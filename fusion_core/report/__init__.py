@@ -1,4 +1,4 @@
-"""Every decision as a value, as text, as JSON, as a page, and kept beside the compile cache."""
+"""Every decision as a value, as text, as JSON, as an HTML page, and saved next to the compile cache."""
 
 from fusion_core.report.record import Merge, Outcome, SiteReport
 from fusion_core.report.report import Report

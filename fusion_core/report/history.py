@@ -15,23 +15,23 @@ _listener = threading.local()
 
 
 def record(report: Report, most: int = KEPT) -> None:
-    """Keep a report, and of the oldest none beyond ``most``; a surrounding `collecting` of the thread sees it too."""
+    """Keep a report, and at most the newest ``most``; also pass it to this thread's surrounding `collecting` blocks."""
     with _lock:
         _reports.append(report)
         del _reports[:-most]
-    for heard, then in getattr(_listener, "stack", ()):
-        heard.append(report)
+    for collected, then in getattr(_listener, "stack", ()):
+        collected.append(report)
         then(report)
 
 
 @contextmanager
 def collecting(then: Callable[[Report], object] = lambda report: None) -> Iterator[list[Report]]:
-    """The reports that this thread records while the block runs; ``then`` is given each one."""
-    heard: list[Report] = []
+    """The reports that this thread records while the block runs; ``then`` is called with each one."""
+    collected: list[Report] = []
     stack = _listener.__dict__.setdefault("stack", [])
-    stack.append((heard, then))
+    stack.append((collected, then))
     try:
-        yield heard
+        yield collected
     finally:
         stack.pop()
 
@@ -43,6 +43,6 @@ def reports() -> tuple[Report, ...]:
 
 
 def last_report() -> Report | None:
-    """The report of the newest graph compiled in this process; None where none was."""
+    """The report of the newest graph compiled in this process, or None if there is none."""
     with _lock:
         return _reports[-1] if _reports else None

@@ -1,4 +1,4 @@
-"""A report as plain JSON types and back. What sites share is written once: a model's layers are mostly alike."""
+"""A report to plain JSON types and back. Data that sites share is written once: most layers of a model are equal."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from typing import Any
 
 import torch
 
-from fusion_core.decision import Choice, Decision, Figure, NearMiss
+from fusion_core.decision import Choice, Decision, NearMiss, Timing
 from fusion_core.reason import Reason, Stage
 from fusion_core.report.record import SCHEMA, Merge, Record, SiteReport
 from fusion_core.site import dtype_name
 
 
 class _Table:
-    """Values in the order in which they are first asked for."""
+    """Values by index, in the order of their first lookup."""
 
     def __init__(self) -> None:
         self.places: dict[Any, int] = {}
 
     def place(self, value: Any) -> int:
-        """Where the value is."""
+        """The value's index."""
         return self.places.setdefault(value, len(self.places))
 
 
 class _Shared:
-    """What sites have in common."""
+    """Data that sites share."""
 
     def __init__(self) -> None:
         self.reasons, self.lists = _Table(), _Table()
         self._known: dict[int, tuple[int, list[int]]] = {}
 
     def place(self, decisions: tuple[Decision, ...]) -> tuple[int, list[int]]:
-        """Where a list of decisions is, and where each of the reasons that it speaks of."""
+        """The index of a list of decisions, and the indices of its reasons."""
         if id(decisions) not in self._known:  # equal sites of a compiled graph have one list among them
             own = _Table()
             plain = tuple(
@@ -85,6 +85,7 @@ def _site(site: SiteReport, shared: _Shared) -> dict[str, Any]:
         "is_definition": site.is_definition,
         "node": site.node,
         "graph": site.graph,
+        "collective": site.collective,
         "attributes": _plain(site.attributes),
         "near_misses": [{"pattern": miss.pattern, "reason": miss.reason.to_dict()} for miss in site.near_misses],
         "decisions": decisions,
@@ -93,7 +94,7 @@ def _site(site: SiteReport, shared: _Shared) -> dict[str, Any]:
             {
                 "first": choice.first,
                 "strategy": choice.strategy,
-                "figure": None if choice.figure is None else dataclasses.asdict(choice.figure),
+                "timing": None if choice.timing is None else dataclasses.asdict(choice.timing),
                 "asks": list(choice.asks),
             }
             for choice in site.choices
@@ -103,10 +104,10 @@ def _site(site: SiteReport, shared: _Shared) -> dict[str, Any]:
 
 
 def fields(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the report that `to_dict` gave.
+    """The fields of a report from `to_dict`'s result.
 
     Raises:
-        ValueError: where the form is another version's.
+        ValueError: The data has another version's schema.
     """
     if data.get("schema") != SCHEMA:
         raise ValueError(f"the report has schema {data.get('schema')!r}, needs {SCHEMA}")
@@ -152,7 +153,7 @@ def _read_site(site: Mapping[str, Any], decisions: tuple[Decision, ...]) -> Site
             Choice(
                 c["first"],
                 c["strategy"],
-                None if c["figure"] is None else Figure(**c["figure"]),
+                None if c["timing"] is None else Timing(**c["timing"]),
                 tuple(c.get("asks", ())),
             )
             for c in site["choices"]
@@ -160,6 +161,7 @@ def _read_site(site: Mapping[str, Any], decisions: tuple[Decision, ...]) -> Site
         tuple(NearMiss(miss["pattern"], Reason(**miss["reason"])) for miss in site["near_misses"]),
         site["is_definition"],
         site["graph"],
+        site.get("collective", "all_reduce"),
     )
 
 

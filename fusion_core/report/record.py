@@ -8,48 +8,49 @@ from enum import StrEnum
 from typing import Any
 
 from fusion_core.decision import Choice, Decision, NearMiss
+from fusion_core.fallback import fallen_back
 from fusion_core.reason import Reason
-from fusion_core.run_time import fallen_back
 from fusion_core.site import Site
 
-SCHEMA = 2
-"""Version of the JSON form; it changes where a reader of the old form would be misled."""
+SCHEMA = 3
+"""Version of the JSON form; it changes if a reader of the old form would misread the new one."""
 
 
 class Outcome(StrEnum):
     """What became of one all_reduce."""
 
     KERNEL = "on a kernel"
-    """Something else runs there than what the model had."""
+    """It runs on another implementation than the model's own."""
     MERGED = "merged"
-    """It takes the place of several; its sum is the model's own."""
+    """It replaces several all_reduces; the sum itself runs as in the model."""
     AS_BEFORE = "as before"
-    """It is recognised, and the best that is known for it is what the model had."""
+    """It is recognised, and the model's own implementation is the best known."""
     RAN_UNFUSED = "unfused at run time"
-    """A kernel was chosen that could not run, so that torch's all_reduce runs in its place."""
+    """The chosen kernel could not run, so torch's all_reduce runs in its place."""
     REFUSED = "refused"
-    """Nothing was chosen for it."""
+    """No strategy was chosen."""
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What was decided at one all_reduce.
+    """What was decided at one all_reduce, or at an all_gather of split vectors.
 
     Attributes:
-        pattern: The pattern that is fused there; where nothing is, the longest one that stands there, or
-            ``"all_reduce"``.
-        strategy: ``"backend.name"``, or None where nothing is fused.
-        node: A label of the all_reduce.
+        pattern: The pattern that is fused; if none is, the longest one that matches, or ``"all_reduce"``.
+        strategy: ``"backend.name"``, or None if nothing is fused.
+        node: A label of the collective.
         attributes: The pattern's scalars (``eps``, ``weight_bias``, ...), its tensors as text under ``inputs``, the
             names of its live outputs under ``live``, the ``group`` and the ``world_size``.
-        decisions: For every strategy of every pattern, how far it got and why no further.
-        choices: What runs from which token count on, with the figures where it was measured: one for a site of fixed
-            size, and several where an operator picks by the count when it runs. Empty where nothing was measured.
-        near_misses: What nearly makes a longer pattern of it, and why it is none; where no more than the all_reduce
-            stands, what follows that instead.
+        decisions: For every strategy of every pattern, the last stage it reached and the reasons.
+        choices: The strategies by token count, with their times if they were measured: one for a site of fixed size,
+            several if an operator picks by the count at run time. Empty if nothing was measured.
+        near_misses: Longer patterns that nearly match, with the reasons; if only the all_reduce matches, what follows
+            it instead.
         is_definition: Whether the strategy is the pattern's own definition, which Inductor compiles as it compiles
-            what the model had there.
-        graph: The graph's number in a report of several, from 1; 0 in a report of one.
+            the model's code.
+        graph: The graph's number from 1 in a report of several graphs, 0 in a report of one.
+        collective: What it is in the model: ``"all_reduce"``, or ``"all_gather"`` of vectors of which the rank then
+            uses its own part.
     """
 
     pattern: str
@@ -61,15 +62,16 @@ class SiteReport:
     near_misses: tuple[NearMiss, ...] = ()
     is_definition: bool = False
     graph: int = 0
+    collective: str = "all_reduce"
 
     @property
     def label(self) -> str:
-        """What tells it from every other site of its report."""
+        """A label that is unique in the report."""
         return f"graph {self.graph}: {self.node}" if self.graph else self.node
 
     @property
     def outcome(self) -> Outcome:
-        """What became of it; looked up anew each time, as its calls come later."""
+        """What became of it; computed at each access, since its calls come later."""
         if self.strategy is None:
             return Outcome.REFUSED
         if self.is_definition:
@@ -78,12 +80,12 @@ class SiteReport:
 
     @property
     def run_time(self) -> tuple[Reason, ...]:
-        """Why it runs unfused in this process all the same; looked up anew each time, as calls come later."""
+        """Why its strategy runs unfused in this process; computed at each access, since its calls come later."""
         return tuple(dict.fromkeys(reason for _, reason in self.fallen_back))
 
     @property
     def fallen_back(self) -> tuple[tuple[str, Reason], ...]:
-        """Each strategy that runs there, at some token count at least, and that runs unfused all the same → why."""
+        """Strategies chosen there, at any token count, that run unfused in this process, each with a reason."""
         names = dict.fromkeys(name for name in (self.strategy, *(c.strategy for c in self.choices)) if name is not None)
         group = self.attributes.get("group", "")
         return tuple((name, reason) for name in names for reason in fallen_back(name, group))
@@ -95,8 +97,8 @@ class Merge:
 
     Attributes:
         nodes: Their labels, in graph order.
-        reasons: Why they stay as they are; empty where the last one now reduces the sum of all.
-        graph: The graph's number in a report of several, from 1; 0 in a report of one.
+        reasons: Why they are not merged; empty if the last one now reduces the sum of all.
+        graph: The graph's number from 1 in a report of several graphs, 0 in a report of one.
     """
 
     nodes: tuple[str, ...]
@@ -106,7 +108,7 @@ class Merge:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The fields of a `fusion_core.Report`, which says what each of them is."""
+    """The fields of a `fusion_core.Report`, which documents them."""
 
     sites: tuple[SiteReport, ...]
     failures: tuple[str, ...] = ()
@@ -123,12 +125,12 @@ class Record:
 
     @property
     def fused(self) -> tuple[SiteReport, ...]:
-        """The sites that a strategy was chosen for."""
+        """The sites for which a strategy was chosen."""
         return tuple(site for site in self.sites if site.strategy is not None)
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
-        """What became of each site, as far as it has run; a merged one counts as changed on no kernel too."""
+        """The outcome of each site, as far as it has run. A merged site without a kernel counts as merged."""
         merged = {(merge.graph, merge.nodes[-1]) for merge in self.merges if not merge.reasons}
         return tuple(
             Outcome.MERGED if (site.graph, site.node) in merged and site.outcome is not Outcome.KERNEL else site.outcome
@@ -137,13 +139,13 @@ class Record:
 
     @property
     def changed(self) -> tuple[SiteReport, ...]:
-        """The sites at which something else runs than without the pass."""
+        """The sites that run differently than without the pass."""
         unlike = (Outcome.KERNEL, Outcome.MERGED)
         return tuple(site for site, outcome in zip(self.sites, self.outcomes, strict=True) if outcome in unlike)
 
 
 def site_attributes(site: Site) -> dict[str, Any]:
-    """A site's facts as a report shows them."""
+    """A site's attributes, as reports contain them."""
     return {
         **site.attributes,
         "inputs": {name: str(meta) for name, meta in site.inputs.items()},

@@ -1,4 +1,4 @@
-"""Every decision about one graph, as text, as JSON and as a page."""
+"""Every decision about one graph, as text, as JSON and as an HTML page."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ class Report(Record):
 
     Attributes:
         sites: One for each all_reduce of the graph, fused or not, in graph order.
-        failures: Backends that failed to load, as text.
-        unavailable: Backends that cannot be used on this device → why.
+        failures: The errors of backends that failed to load.
+        unavailable: Backends that cannot be used on this device → the reasons.
         device: The device that the decisions were made for.
-        order: The backends that were asked, best first.
+        order: The backends that were considered, best first.
         origin: ``"compiled"``, ``"explained"`` (a dry run), or ``"cache"``: the graph came from the compile cache and
-            the pass did not run; this is what it recorded when the graph was compiled.
+            the pass did not run; the report is the one saved when the graph was compiled.
         compiled_at: When the pass ran, as an ISO time in UTC.
-        versions: Of torch and fusion_core at that time.
-        merges: All_reduces whose results are added together: made one, or why not.
-        disagreements: Process groups whose ranks differ → in what, and what is not used there for it.
-        tables: Process groups → where the tuning table comes from that decided there.
-        untuned: Process groups on GPUs where none did, though the user wants one → why.
+        versions: Versions of torch and fusion_core at that time.
+        merges: All_reduces whose results are added together: merged, or the reasons why not.
+        disagreements: Process groups whose ranks differ → what differs, and what is therefore not used there.
+        tables: Process groups → the source of the tuning table that decided there.
+        untuned: Process groups on GPUs where a table was wanted but none was used → the reasons.
     """
 
     def __str__(self) -> str:
         return report_text.text(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types; `from_dict` takes back all but ``run_time``, which is a process's own.
+        """The report as plain JSON types; `from_dict` reads everything except ``run_time``, which belongs to a process.
 
-        What many sites share is there once: ``reasons`` holds every reason and ``decisions`` every list of decisions.
-        A site's ``decisions`` is the place of its list, whose reasons are places in the site's own ``reasons``, which
-        are places in the report's.
+        Data that sites share is written once: ``reasons`` contains every reason and ``decisions`` every list of
+        decisions. A site's ``decisions`` is the index of its list. The reasons in that list are indices into the
+        site's ``reasons``, which are indices into the report's.
         """
         return report_json.to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """The report that `to_dict` gave.
+        """The report from `to_dict`'s result.
 
         Raises:
-            ValueError: where the form is another version's.
+            ValueError: The data has another version's schema.
         """
         return cls(**report_json.fields(data))
 

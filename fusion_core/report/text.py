@@ -1,4 +1,4 @@
-"""A report as text: a line a site, then what came of it at run time, what was refused and why, what is not usable."""
+"""A report as text: a line per site, then what happened at run time, what was refused and why, what is not usable."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _ORIGINS = {
 }
 _REFUSED = (Stage.REQUIRES, Stage.WORTHWHILE, Stage.REPLACEMENT, Stage.OUTRANKED)
 _FLAGS = {"weight_bias": 0.0}
-"""Attributes that are shown only where they differ from this, or from None and False."""
+"""Attributes that are shown only if they differ from this value, or from None and False."""
 _UNSAID = ("inputs", "live", "group", "world_size", "weight_after_cast")
-"""Attributes that the line shows in another way, or that most models have."""
+"""Attributes that the line shows in another form, or that most models have."""
 
 
 def text(report: Record) -> str:
@@ -30,26 +30,27 @@ def text(report: Record) -> str:
 
 
 def headline(report: Record) -> str:
-    """What became of the graph, in one line: first what changed."""
+    """The outcome for the graph in one line, changes first."""
     origin = _ORIGINS[report.origin].format(compiled_at=report.compiled_at)
     if report.origin == "cache" and not report.compiled_at:
         return (
-            "fusion_core: this graph came from the compile cache, and nobody kept what was decided when it was "
-            "compiled; clear the cache, or compile with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1, to see it"
+            "fusion_core: this graph came from the compile cache, and its report was not kept; clear the cache, or "
+            "compile with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1, to see it"
         )
     if not report.sites:
         return f"fusion_core: {origin}no all_reduce in this graph on {report.device}, nothing to fuse"
-    said = ", ".join(_counts(report))
+    counts = ", ".join(_counts(report))
     graphs = len({site.graph for site in report.sites})
     where = f", in {graphs} graphs" if graphs > 1 else ""
-    return f"fusion_core: {origin}{said}{where}, on {_ranks(report)}{report.device}"
+    return f"fusion_core: {origin}{counts}{where}, on {_ranks(report)}{report.device}"
 
 
 def _counts(report: Record) -> Iterator[str]:
-    """How many sites came to what, those on a kernel first, and the others where there are any."""
+    """The number of sites per outcome: those on a kernel first, then every other outcome that occurs."""
     outcomes = Counter(report.outcomes)
     verb = "would be on a kernel" if report.origin == "explained" else "on a kernel"
-    yield f"{outcomes[Outcome.KERNEL]} of {len(report.sites)} all_reduces {verb}"
+    reduces = all(site.collective == "all_reduce" for site in report.sites)
+    yield f"{outcomes[Outcome.KERNEL]} of {len(report.sites)} {'all_reduces' if reduces else 'collectives'} {verb}"
     for outcome in (Outcome.MERGED, Outcome.AS_BEFORE, Outcome.RAN_UNFUSED, Outcome.REFUSED):
         if not outcomes[outcome]:
             continue
@@ -63,7 +64,7 @@ def _counts(report: Record) -> Iterator[str]:
 
 
 def _ranks(report: Record) -> str:
-    """The number of ranks, where all sites agree on it."""
+    """The number of ranks, if it is the same at all sites."""
     sizes = {site.attributes.get("world_size") for site in report.sites}
     return f"{sizes.pop()} x " if len(sizes) == 1 and None not in sizes else ""
 
@@ -85,8 +86,8 @@ def _lines(report: Record) -> Iterator[str]:
         yield ""
         yield "merged:"
         yield from lines
-    for title, said in (("at run time:", _at_run_time), ("refused:", _worth_saying)):
-        if lines := list(_grouped(report.sites, said)):
+    for title, lines_of in (("at run time:", _at_run_time), ("refused:", _worth_saying)):
+        if lines := list(_grouped(report.sites, lines_of)):
             yield ""
             yield title
             yield from lines
@@ -106,7 +107,7 @@ def _lines(report: Record) -> Iterator[str]:
 
 
 def merges(report: Record) -> Iterator[str]:
-    """What became of all_reduces whose results are added together, a line each."""
+    """The outcome for all_reduces whose results are added together, a line each."""
     for merge in report.merges:
         where = f"graph {merge.graph}: " if merge.graph else ""
         *others, last = merge.nodes
@@ -118,9 +119,9 @@ def merges(report: Record) -> Iterator[str]:
 
 
 def by_size(site: SiteReport) -> Iterator[tuple[str, str]]:
-    """What runs from which token count on, and what was measured, as subject and words."""
-    if len(site.choices) == 1 and (figure := site.choices[0].figure) is not None:
-        yield str(site.strategy), str(figure)
+    """The strategies by token count and their measured times, as subject and text."""
+    if len(site.choices) == 1 and (timing := site.choices[0].timing) is not None:
+        yield str(site.strategy), str(timing)
     elif len(site.choices) > 1:
         ranges = [
             f"from {first}: {', else '.join(map(_said, of_it))}"
@@ -130,13 +131,13 @@ def by_size(site: SiteReport) -> Iterator[tuple[str, str]]:
 
 
 def _said(choice: Choice) -> str:
-    measured = "" if choice.figure is None else f" ({choice.figure})"
+    measured = "" if choice.timing is None else f" ({choice.timing})"
     asked = f" in a call with {' and '.join(choice.asks)}" if choice.asks else ""
     return f"{choice.strategy or 'unfused'}{asked}{measured}"
 
 
 def tables(report: Record) -> Iterator[str]:
-    """The tuning tables that decided, and why none did, a line each."""
+    """The tuning tables that were used, or the reasons why none was, a line each."""
     yield from (f"  {line}" for line in dict.fromkeys(report.tables.values()))
     yield from (f"  {line}" for line in dict.fromkeys(str(each) for why in report.untuned.values() for each in why))
 
@@ -161,7 +162,7 @@ def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
 
 
 def facts(attributes: Mapping[str, Any]) -> str:
-    """A site's facts in one line."""
+    """A site's attributes in one line."""
     if not attributes:
         return ""
     words = [f"x {attributes['inputs']['x']}"]
@@ -180,11 +181,11 @@ def _value(value: Any) -> str:
     return dtype_name(value) if type(value).__name__ == "dtype" else str(value)
 
 
-def _grouped(sites: Iterable[SiteReport], said: Callable[[SiteReport], Iterator[tuple[str, str]]]) -> Iterator[str]:
-    """What is said of sites, as subject and reason: one line for all sites that share it."""
+def _grouped(sites: Iterable[SiteReport], lines_of: Callable[[SiteReport], Iterator[tuple[str, str]]]) -> Iterator[str]:
+    """The lines of several sites, each a subject and a reason; equal lines become one that names their sites."""
     where: dict[tuple[str, str], list[str]] = {}
     for site in sites:
-        for subject, why in dict.fromkeys(said(site)):
+        for subject, why in dict.fromkeys(lines_of(site)):
             where.setdefault((subject, why), []).append(site.label)
     for (subject, why), nodes in where.items():
         places = ", ".join(nodes[:3]) + (f" and {len(nodes) - 3} more" if len(nodes) > 3 else "")
@@ -197,22 +198,22 @@ def _at_run_time(site: SiteReport) -> Iterator[tuple[str, str]]:
 
 
 def _worth_saying(site: SiteReport) -> Iterator[tuple[str, str]]:
-    """Refusals that say something."""
+    """Refusals that explain something."""
     for miss in site.near_misses:
         yield miss.pattern, str(miss.reason)
-    said: list[tuple[str, str, frozenset[str]]] = []
+    printed: list[tuple[str, str, frozenset[str]]] = []
     for decision in site.decisions:
-        if decision.stage is Stage.OPTION:  # of all strategies behind it, once
+        if decision.stage is Stage.OPTION:  # once for all strategies that need the option
             yield "option", "; ".join(map(str, decision.reasons))
         elif decision.stage in _REFUSED and _is_rival(site, decision):
             backend, reasons = (decision.strategy or "").partition(".")[0], frozenset(map(str, decision.reasons))
-            if any((backend, decision.pattern) == each[:2] and each[2] <= reasons for each in said):
-                continue  # a variant of a strategy that is refused for as much already
-            said.append((backend, decision.pattern, reasons))
+            if any((backend, decision.pattern) == each[:2] and each[2] <= reasons for each in printed):
+                continue  # a variant that is refused for all the reasons of one printed before
+            printed.append((backend, decision.pattern, reasons))
             yield f"{decision.strategy} [{decision.stage.name.lower()}]", "; ".join(map(str, decision.reasons))
 
 
 def _is_rival(site: SiteReport, decision: Decision) -> bool:
-    """Whether a strategy might have been expected to run: not the chosen backend's own shorter forms."""
+    """Whether a user might have expected the strategy to run: not the chosen backend's own shorter patterns."""
     chosen = (site.strategy or "").partition(".")[0]
     return decision.stage is not Stage.OUTRANKED or (decision.strategy or "").partition(".")[0] != chosen

@@ -1,4 +1,4 @@
-"""Ways in which a tensor of one shape can lie in memory."""
+"""Memory layouts of a tensor of one shape."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from fusion_core.site import Dim, TensorMeta
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "padded")
-"""Row-major; the last two dimensions exchanged; every other element; rows with a gap behind each."""
+"""Row-major; the last two dimensions exchanged; every other element; a gap after each row."""
 
 
 def strides(shape: tuple[Dim, ...], layout: str = "contiguous") -> tuple[int, ...]:
-    """The strides of a shape in one of `LAYOUTS`; those of fewer dimensions than a layout needs are contiguous."""
+    """The strides of a shape in one of `LAYOUTS`; contiguous if it has fewer dimensions than the layout needs."""
     sizes = [max(int(size), 1) for size in shape]
     order = list(range(len(sizes)))
     if layout == "transposed" and len(order) > 1:
@@ -34,7 +34,7 @@ def laid_out(meta: TensorMeta, layout: str = "contiguous") -> TensorMeta:
 
 
 def empty(meta: TensorMeta, device: torch.device | str) -> torch.Tensor:
-    """A tensor of these sizes and strides whose memory, gaps included, is all NaN where its dtype has one."""
+    """A tensor of these sizes and strides. Its memory, including gaps, is NaN, or zero if the dtype has none."""
     shape = tuple(map(int, meta.shape))
     stride = strides(meta.shape) if meta.stride is None else tuple(map(int, meta.stride))
     extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else 0

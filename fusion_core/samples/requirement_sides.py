@@ -1,4 +1,4 @@
-"""Both sides of a requirement: sites just inside and just outside of it, derived from its own data."""
+"""The two sides of a requirement: sites just inside and just outside its bounds, derived from its data."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ OTHER_OUTPUT = "an output of another name"
 
 
 class NoSides(FusionError):
-    """A requirement of a class for which nobody said which sites lie on which side of it."""
+    """A requirement whose class is not registered with `sides`."""
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Variants of one site, as near to a requirement's bounds as can be.
+    """Variants of one site, as close to a requirement's bounds as possible.
 
-    A variant differs from the site in what the requirement is about alone: other tensors may no longer fit it
-    (`fusion_core.samples.sites.fitted` makes them).
+    A variant changes only what the requirement concerns, so the other tensors may no longer fit
+    (`fusion_core.samples.sites.fitted` adapts them).
 
     Attributes:
-        met: Those that meet the requirement.
-        unmet: Those that do not; empty where nothing can.
+        met: Variants that meet the requirement.
+        unmet: Variants that do not; empty if every site meets it.
     """
 
     met: tuple[Site, ...]
@@ -81,7 +81,7 @@ def sides(requirement: Requirement, site: Site) -> Sides:
 
 
 def _split(values: Iterable[Any], allowed: Iterable[Any], make: Callable[[Any], Site]) -> Sides:
-    """The allowed values on one side, the others on the other."""
+    """Sites with the allowed values on one side, with the others on the other."""
     allowed = tuple(allowed)
     others = dict.fromkeys(value for value in values if value not in allowed)
     return Sides(tuple(map(make, allowed)), tuple(map(make, others)))
@@ -154,7 +154,7 @@ def _(requirement: SizeBetween, site: Site) -> Sides:
     low, high = requirement.low, requirement.high
     size = _size(site, requirement.arg, requirement.dim)
     met = dict.fromkeys(size for size in (size, low, low + 1, high - 1, high) if low <= size <= high)
-    # beside the nearest, sizes that miss these bounds and no alignment
+    # and powers of two, which miss these bounds but no alignment
     powers = (1 << (max(low - 1, 1).bit_length() - 1), 1 << high.bit_length())
     unmet = dict.fromkeys(size for size in (low - 1, high + 1, *powers) if size >= 0 and not low <= size <= high)
     return _sized(requirement.arg, requirement.dim, met, unmet, site)
@@ -186,7 +186,7 @@ def _(requirement: Contiguous, site: Site) -> Sides:
     shape = tuple(max(int(size), 2) for size in tensor.shape) or (2,)
     plain = laid_out(replace(tensor, shape=shape))
     rows = laid_out(replace(tensor, shape=(3, *shape[-1:])))
-    one_row = replace(tensor, shape=(1, *shape[-1:]), stride=(7 * shape[-1] + 1, 1))  # a dimension of 1 is never walked
+    one_row = replace(tensor, shape=(1, *shape[-1:]), stride=(7 * shape[-1] + 1, 1))  # the stride of a size 1 is unused
     met = [laid_out(tensor), plain, rows, replace(plain, stride=None), one_row]
     unmet = [laid_out(each, layout) for each in (plain, rows) for layout in ("sliced", "padded", "transposed")]
     unmet = [each for each in unmet if each.stride not in (plain.stride, rows.stride)]
@@ -275,10 +275,10 @@ def _(requirement: KnownFaster, site: Site) -> Sides:
         ranges = [(above, to) for *machine, above, to in requirement.sizes if machine == [arch, ranks]]
         ends = {end // item * item for bounds in ranges for end in bounds}
         for size in sorted({0, item} | ends | {end + item for end in ends}):
-            # no rows take as little time as the fewest do
+            # zero rows count as the smallest size
             inside = any(above < (size or 1) <= to for above, to in ranges)
             (met if inside else unmet).append(_of_bytes(here, arg, size))
-        met.append(unknown_rows(here, arg))  # the choice is made when it runs
+        met.append(unknown_rows(here, arg))  # the choice is made at run time
         met += [without(here, arg)] if arg != "x" else []
     archs = dict.fromkeys((*FOREIGN_ARCHS, *(arch for arch, _ in machines)))
     counts = dict.fromkeys((1, 2, 3, *(ranks + 1 for _, ranks in machines), *(2 * ranks for _, ranks in machines)))
@@ -288,7 +288,7 @@ def _(requirement: KnownFaster, site: Site) -> Sides:
 
 
 def _of_bytes(site: Site, arg: str, size: int) -> Site:
-    """The site with a tensor of so many bytes, in rows of the width that it has where they come out even."""
+    """The site with a tensor of ``size`` bytes, in rows of its own width if that divides the size."""
     tensor = tensor_of(site, arg)
     count, width = size // tensor.dtype.itemsize, int(tensor.shape[-1]) if tensor.shape else 1
     width = width if width and count % width == 0 else 1
@@ -296,7 +296,7 @@ def _of_bytes(site: Site, arg: str, size: int) -> Site:
 
 
 def _or_absent(split: Sides, site: Site, arg: str) -> Sides:
-    """A condition on a tensor holds where the site has no such tensor; x is always there."""
+    """Add the site without the tensor, which meets any condition on it; x is always present."""
     return split if arg == "x" else Sides((*split.met, without(site, arg)), split.unmet)
 
 
@@ -306,7 +306,7 @@ def _size(site: Site, arg: str, dim: int) -> int:
 
 
 def _sized(arg: str, dim: int, met: Iterable[int], unmet: Iterable[int], site: Site) -> Sides:
-    """Variants in which one size of a tensor is this or that; without that dimension the condition cannot hold."""
+    """Variants with other values of one size of a tensor; one without that dimension does not meet the condition."""
     tensor = tensor_of(site, arg)
     count = dim + 1 if dim >= 0 else -dim
 
@@ -316,6 +316,6 @@ def _sized(arg: str, dim: int, met: Iterable[int], unmet: Iterable[int], site: S
         return with_tensor(site, arg, laid_out(replace(tensor, shape=tuple(sizes))))
 
     met = tuple(met)
-    barely = make(met[0], (2,) * count)  # no more dimensions than it takes
+    barely = make(met[0], (2,) * count)  # with the fewest dimensions possible
     lacking = with_tensor(site, arg, laid_out(replace(tensor, shape=(2,) * (count - 1))))
     return _or_absent(Sides((*map(make, met), barely), (*map(make, unmet), lacking)), site, arg)

@@ -1,4 +1,4 @@
-"""Sites to test a strategy at: consistent with their pattern, and made to meet what the strategy requires."""
+"""Sites for testing a strategy: consistent with their pattern, and changed until they meet its requirements."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from fusion_core.site import Device, Dim, Site, TensorMeta
 from fusion_core.vocabulary.operation import Symbol
 
 SCALES = ("scale", "global_scale")
-"""Tensor parameters that are one float32."""
-VECTORS = ("weight",)
+"""Tensor parameters that are a single float32."""
+VECTORS = ("weight", "post_weight")
 """Tensor parameters of shape [n]."""
 HIDDEN_SIZES = (256, 8, 16, 32, 64, 96, 128, 512, 1024, 2048, 4096, 8192)
-PLAIN = {"eps": 1e-6, "weight_bias": 0.0}
-"""Scalars on which no shape and no dtype hangs."""
-FLAT = torch.contiguous_format
+PLAIN = {"eps": 1e-6, "weight_bias": 0.0, "post_eps": 1e-6, "post_weight_bias": 0.0}
+"""Scalars on which no shape and no dtype depends."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Impossible(FusionError):
-    """No site was found that meets all of some requirements; the text says what stood in the way."""
+    """No site was found that meets all requirements; the message gives the reasons."""
 
 
 def example_site(
@@ -38,13 +37,13 @@ def example_site(
 ) -> Site:
     """One ordinary site of a pattern; with a strategy, one that the strategy can run.
 
-    It starts as bfloat16 ``[4, 256]`` with the outputs that the eager function returns, and changes as little as the
-    requirements ask for.
+    It starts as bfloat16 ``[4, 256]`` with the outputs that the eager function returns. It is changed only as far as
+    the requirements need.
 
     Raises:
-        Impossible: where no variant meets all requirements.
-        NoSides: where a requirement's class is unknown to `sides`.
-        PatternError: where the pattern has parameters that the kit cannot make up; give it an ``example``.
+        Impossible: if no variant meets all requirements.
+        NoSides: if a requirement's class is not registered with `sides`.
+        PatternError: if the pattern has parameters for which the kit has no values; give it an ``example``.
     """
     shape, dtype = (4, 256), torch.bfloat16
     given = made_up(pattern, shape, dtype)
@@ -63,7 +62,7 @@ def example_site(
 
 
 def made_up(pattern: Pattern, shape: tuple[Dim, ...], dtype: torch.dtype) -> dict[str, Any]:
-    """What the pattern's own ``example`` says of its parameters, for x of this shape and dtype."""
+    """The parameters from the pattern's own ``example``, for x of this shape and dtype; empty without one."""
     return pattern.example(tuple(map(int, shape)), dtype) if pattern.example is not None else {}
 
 
@@ -82,7 +81,7 @@ def _tensor(pattern: Pattern, parameter: Parameter, shape: tuple[int, ...], dtyp
 def _scalar(pattern: Pattern, parameter: Parameter) -> Any:
     if not parameter.required:
         return parameter.default
-    if parameter.name == "eps":
+    if parameter.name in ("eps", "post_eps"):
         return 1e-6
     raise PatternError(
         f"pattern {pattern.name!r}: the kit cannot make up the scalar {parameter.name!r}, needs pattern(example=...)"
@@ -90,10 +89,10 @@ def _scalar(pattern: Pattern, parameter: Parameter) -> Any:
 
 
 def with_outputs(pattern: Pattern, site: Site, names: Iterable[str]) -> Site:
-    """The site with these live outputs, of the shapes and dtypes that the definition gives.
+    """The site with these live outputs, with the definition's shapes and dtypes.
 
     Raises:
-        Impossible: where the definition does not take the site's inputs.
+        Impossible: if the definition does not accept the site's inputs.
     """
     given = output_metas(pattern, tuple(site.inputs.items()), tuple(site.attributes.items()))
     if isinstance(given, str):
@@ -104,7 +103,7 @@ def with_outputs(pattern: Pattern, site: Site, names: Iterable[str]) -> Site:
 def output_metas(
     pattern: Pattern, inputs: tuple[tuple[str, TensorMeta], ...], attributes: tuple[tuple[str, Any], ...]
 ) -> Mapping[str, TensorMeta] | str:
-    """What the definition returns for such inputs, or why it does not take them."""
+    """The definition's outputs for such inputs, or its error as text."""
     known = ((name, PLAIN.get(name, value)) for name, value in attributes if name in pattern.parameters)
     return _output_metas(pattern, inputs, tuple(known))
 
@@ -113,7 +112,7 @@ def output_metas(
 def _output_metas(
     pattern: Pattern, inputs: tuple[tuple[str, TensorMeta], ...], attributes: tuple[tuple[str, Any], ...]
 ) -> Mapping[str, TensorMeta] | str:
-    # Its steps on the meta device: a tenth of what FakeTensorMode takes, and no process group is needed.
+    # Its steps run on the meta device, in a tenth of the time of FakeTensorMode and without a process group.
     values: dict[Any, Any] = dict.fromkeys(pattern.tensors) | {name: empty(meta, "meta") for name, meta in inputs}
     values |= dict(attributes) | {GROUP: ""}
     try:
@@ -122,19 +121,21 @@ def _output_metas(
                 name: values[operand if operand.step else operand.name] if isinstance(operand, Symbol) else operand
                 for name, operand in step.operands.items()
             }
-            reduces = step.operation.name == "all_reduce"
-            given = operands["x"].clone(memory_format=FLAT) if reduces else step.operation.function(**operands)
+            if (alone := step.operation.alone) is not None:
+                given = alone(**{name: value for name, value in operands.items() if name != GROUP})
+            else:
+                given = step.operation.function(**operands)
             values |= zip(step.results, given if isinstance(given, tuple) else (given,), strict=True)
-    except Exception as error:  # noqa: BLE001  # a definition may refuse by any exception
+    except Exception as error:  # noqa: BLE001  # a definition may refuse with any exception
         return f"{type(error).__name__}: {error}"
     return {name: TensorMeta.of(values[symbol]) for name, symbol in zip(pattern.outputs, pattern.values, strict=True)}
 
 
 def fitted(pattern: Pattern, base: Site, variant: Site) -> Site:
-    """A variant of ``base`` whose other tensors follow what was changed, and whose outputs are the definition's.
+    """A variant of ``base`` with its other tensors adapted to the change, and with the definition's outputs.
 
     Raises:
-        Impossible: where the definition takes no such inputs.
+        Impossible: if the definition does not accept the inputs.
     """
     inputs = dict(variant.inputs)
     changed = [
@@ -167,14 +168,14 @@ def resized(pattern: Pattern, site: Site, shape: tuple[int, ...]) -> Site:
     """The site with another shape of x.
 
     Raises:
-        Impossible: where the definition takes no such shape.
+        Impossible: if the definition does not accept the shape.
     """
     x = laid_out(replace(site.inputs["x"], shape=shape))
     return fitted(pattern, site, replace(site, inputs={**site.inputs, "x": x}))
 
 
 def with_layout(pattern: Pattern, site: Site, layout: str) -> Site:
-    """The site with x, and all that is added to it, in another of `LAYOUTS`."""
+    """The site with x and the tensors added to it in another of `LAYOUTS`."""
     followers = ("x", *pattern.elementwise)
     inputs = {name: laid_out(meta, layout) if name in followers else meta for name, meta in site.inputs.items()}
     return with_outputs(pattern, replace(site, inputs=inputs), site.outputs)
@@ -184,8 +185,8 @@ def repaired(pattern: Pattern, site: Site, requirements: Iterable[Requirement]) 
     """The site, changed step by step until it meets every requirement.
 
     Raises:
-        Impossible: where no step leads on; the text says what is unmet.
-        NoSides: where the class of an unmet requirement is unknown to `sides`.
+        Impossible: if no step helps; the message names what is unmet.
+        NoSides: if the class of an unmet requirement is not registered with `sides`.
     """
     requirements = tuple(requirements)
     while True:
@@ -208,7 +209,7 @@ def _steps(pattern: Pattern, site: Site, requirement: Requirement) -> Iterator[S
         except Impossible:
             rows = variant.inputs["x"].shape[:-1] if "x" in variant.inputs else ()
             yield from _other_sizes(pattern, variant, tuple(map(int, rows)))
-    # an output has the dtype that inputs and attributes give it
+    # an output's dtype depends on inputs and attributes
     dtyped = [name for name in pattern.scalars if name in ("norm_dtype", "residual_dtype")]
     for dtype in (None, *FLOATS):
         for name in dtyped:
@@ -221,7 +222,7 @@ def _steps(pattern: Pattern, site: Site, requirement: Requirement) -> Iterator[S
 
 
 def _other_sizes(pattern: Pattern, variant: Site, rows: tuple[int, ...]) -> Iterator[Site]:
-    """The variant with each hidden size that its definition takes."""
+    """The variant with each hidden size that its definition accepts."""
     for size in HIDDEN_SIZES:
         try:
             yield resized(pattern, variant, (*rows, size))
@@ -230,7 +231,7 @@ def _other_sizes(pattern: Pattern, variant: Site, rows: tuple[int, ...]) -> Iter
 
 
 def describe(site: Site) -> str:
-    """A site in one line: what a message names it by."""
+    """A site in one line, for messages."""
     inputs = (f"{name}={meta}{_unusual(meta)}" for name, meta in site.inputs.items())
     scalars = (f"{name}={str(value).removeprefix('torch.')}" for name, value in site.attributes.items())
     live = ", ".join(site.outputs)

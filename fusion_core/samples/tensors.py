@@ -1,4 +1,4 @@
-"""The numbers in the tensors of a site, from a small description that workers build them from."""
+"""The values of a site's tensors, which workers build from a small description."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from fusion_core.samples.sites import SCALES, VECTORS
 from fusion_core.site import Site, TensorMeta
 
 ROWS = ("normal", "zeros", "huge", "tiny", "small", "subnormal", "spike", "inf", "-inf", "nan")
-"""What a row may hold: see `build_tensors`."""
+"""Kinds of rows: see `build_tensors`."""
 AMAX = 6.0
-"""About the largest magnitude of a norm's output, for which calibrated scales are made."""
+"""About the largest magnitude of a norm's output, from which calibrated scales are derived."""
+
+
+OWN = ("x", "y")
+"""Tensors of which each rank has its own."""
 
 
 @dataclass(frozen=True)
 class Values:
-    """What the tensors of one example hold. The same object gives the same numbers in every process.
+    """The values of one example's tensors. The same object gives the same numbers in every process.
 
     Attributes:
-        seed: Of the random numbers.
-        rows: Kinds of rows, out of `ROWS`, used in turn.
-        residual: Whether a residual's rows are of the same kinds; ordinary numbers else.
-        saturating: Scales known beforehand are 16 times too small, so that ordinary rows saturate.
+        seed: The seed of the random numbers.
+        rows: Kinds of rows from `ROWS`, repeated in this order.
+        residual: Whether a residual's rows are of the same kinds; otherwise they are ordinary numbers.
+        saturating: Whether calibrated scales are 16 times too small, so that ordinary rows saturate.
     """
 
     seed: int = 0
@@ -36,22 +40,23 @@ class Values:
 def build_tensors(
     site: Site, values: Values, rank: int, device: torch.device | str | None = None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one rank: x is each rank's own, everything else is equal on all ranks.
+    """The tensors of one rank: x and y differ between ranks, all other tensors are the same on all of them.
 
-    Rows of x are random numbers around 1 (``normal``), zero, times 1e15 (``huge``; 1e3 in float16), times 1e-20
+    Rows of x are random numbers of order 1 (``normal``), zero, times 1e15 (``huge``; 1e3 in float16), times 1e-20
     (``tiny``; 1e-6 in float16), times 1e-3 (``small``), below the dtype's smallest normal number (``subnormal``), with
-    a last element 1000 times as large (``spike``), or with an infinity or NaN in front. Gaps between elements hold NaN.
+    a last element 1000 times as large (``spike``), or with a first element of infinity or NaN. Gaps between elements
+    are NaN.
 
     Args:
-        site: Says shapes, strides and dtypes.
-        values: What they hold.
-        rank: Whose x.
-        device: Where to; None for the site's kind of device.
+        site: The shapes, strides and dtypes.
+        values: The kinds of values.
+        rank: The rank whose x it is.
+        device: The device of the tensors; None for the site's type of device.
     """
     target = torch.device(site.device.type if device is None else device)
     result = {}
     for index, (name, meta) in enumerate(site.inputs.items()):
-        generator = torch.Generator().manual_seed((values.seed * 64 + index) * 64 + (rank + 1 if name == "x" else 0))
+        generator = torch.Generator().manual_seed((values.seed * 64 + index) * 64 + (rank + 1 if name in OWN else 0))
         tensor = empty(meta, "cpu")
         tensor.copy_(_numbers(site, name, meta, values, generator))
         result[name] = tensor if target.type == "cpu" else _moved(tensor, meta, target)
@@ -82,7 +87,7 @@ def _numbers(site: Site, name: str, meta: TensorMeta, values: Values, generator:
 
 
 def _fill(row: torch.Tensor, kind: str, dtype: torch.dtype) -> None:
-    """Make a row of random numbers one of a kind, in place."""
+    """Change a row of random numbers to one of a kind, in place."""
     narrow = dtype == torch.float16
     if kind == "spike":
         row[-1] *= 1e3

@@ -1,4 +1,4 @@
-"""A site changed in one thing: what both sides of a requirement are made of."""
+"""Sites with one change, from which the sides of a requirement are built."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fusion_core.site import Device, Site, TensorMeta
 
 
 def tensor_of(site: Site, arg: str) -> TensorMeta:
-    """The tensor, or one like x where the site has none: a variant then has it."""
+    """The tensor, or one like x if the site has none, for a variant that has it."""
     tensor = site.tensor(arg)
     return site.inputs["x"] if tensor is None else tensor
 
@@ -30,7 +30,7 @@ def without(site: Site, arg: str) -> Site:
 
 def unknown_rows(site: Site, arg: str) -> Site:
     """The site with a number of rows that is known only at run time."""
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it brings sympy
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # imported late: it imports sympy
 
     tensor = tensor_of(site, arg)
     shape = (ShapeEnv().create_unbacked_symint(), *tensor.shape[-1:])
@@ -38,6 +38,6 @@ def unknown_rows(site: Site, arg: str) -> Site:
 
 
 def on_arch(site: Site, arch: str) -> Site:
-    """The site on another GPU, a CPU without one; a CPU that counts as a GPU stays a CPU."""
+    """The site on a GPU of architecture ``arch``, or on a CPU if empty; a CPU with an architecture stays one."""
     kind = site.device.type if site.device.arch else "cuda"
     return replace(site, device=Device(kind if arch else "cpu", arch))

@@ -1,4 +1,4 @@
-"""One place where a pattern stands, as explicit facts: all that a requirement may look at."""
+"""A site, where a pattern matches, as explicit metadata: all that a requirement may read."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
-    """What is known of a tensor without its data.
+    """The metadata of a tensor.
 
-    ``shape`` and ``stride`` hold plain integers, or ``torch.SymInt`` where a size is known only at run time. A
-    requirement that looks at one of those is asked again at each call, see docs/requirements.md.
+    ``shape`` and ``stride`` contain integers, or a ``torch.SymInt`` for a size that is known only at run time. A
+    requirement that reads a ``SymInt`` is evaluated again at each call, see docs/requirements.md.
     """
 
     shape: tuple[Dim, ...]
@@ -44,7 +44,7 @@ class TensorMeta:
 class Device:
     """A kind of device and its architecture: ``Device("cuda", "sm_90")``, ``Device("cpu")``.
 
-    ROCm builds of torch call their devices ``cuda`` too; the architecture tells them apart.
+    ROCm builds of torch call their devices ``cuda`` too; the architecture distinguishes them.
 
     Example:
         >>> print(Device("cuda", "gfx942"))
@@ -58,7 +58,7 @@ class Device:
 
     @classmethod
     def of(cls, device: torch.device) -> Device:
-        """The device behind a ``torch.device``, with its architecture read from the driver."""
+        """The device of a ``torch.device``, with its architecture read from the driver."""
         if device.type != "cuda" or not torch.cuda.is_available():
             return cls(device.type)
         if torch.version.hip:
@@ -68,7 +68,7 @@ class Device:
 
     @classmethod
     def here(cls) -> Device:
-        """The device that this process would run a model on: its current GPU, else the CPU."""
+        """The device on which this process would run a model: its current GPU, else the CPU."""
         return cls.of(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else cls("cpu")
 
     def __str__(self) -> str:
@@ -77,17 +77,17 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One place where a pattern stands.
+    """One match of a pattern in a graph.
 
     Attributes:
         pattern: The pattern's name.
-        node: A label of the all_reduce that anchors the place, for people.
-        inputs: The pattern's tensor parameters by name; an optional one that is absent is missing here.
-        outputs: The pattern's *live* outputs by name: those that anything outside the place uses.
-        attributes: The pattern's scalar parameters by name: ``eps``, ``weight_bias``, ...; and, where the graph tells,
-            how the model rounds: ``weight_after_cast``, ``norm_of_unrounded_sum``, ``reassociated``; and whose
-            ``collective`` it calls, where that is not torch's own all_reduce. See docs/recognition.md.
-        device: Where the tensors are.
+        node: A label of the site's all_reduce, for messages.
+        inputs: The pattern's tensor parameters by name; absent optional ones are left out.
+        outputs: The pattern's *live* outputs by name: those used outside the site.
+        attributes: The pattern's scalar parameters by name: ``eps``, ``weight_bias``, ...; if the graph shows it, how
+            the model rounds: ``weight_after_cast``, ``norm_of_unrounded_sum``, ``reassociated``; and ``collective`` if
+            that is not torch's own all_reduce. See docs/recognition.md.
+        device: The device of the tensors.
         world_size: The number of ranks in the process group.
         group: The process group's name.
 
@@ -109,7 +109,7 @@ class Site:
 
     @property
     def tokens(self) -> int | None:
-        """Rows of x: the product of its sizes but the last; None where one of them is known only at run time."""
+        """Rows of x: the product of all sizes but the last; None if one of them is known only at run time."""
         shape = self.inputs["x"].shape
         sizes = tuple(tuple.__iter__(shape))[:-1]
         if all(isinstance(size, int) for size in sizes):
@@ -119,7 +119,7 @@ class Site:
         return None
 
     def at(self, tokens: int) -> Site:
-        """The site with so many rows: x, and all that has its leading sizes, as contiguous ``[tokens, n]``."""
+        """The site with ``tokens`` rows: x, and all tensors with x's leading sizes, as contiguous ``[tokens, n]``."""
         lead = self.inputs["x"].shape[:-1]
 
         def sized(meta: TensorMeta) -> TensorMeta:
@@ -132,14 +132,14 @@ class Site:
         return replace(self, inputs=inputs, outputs={name: sized(meta) for name, meta in self.outputs.items()})
 
     def bytes_of_a_token(self, name: str) -> int | None:
-        """Bytes of a tensor for each token, 0 where its size does not depend on them; None where that is not known."""
+        """Bytes of a tensor per token, 0 if its size does not depend on the token count; None if that is unknown."""
         one, two = (self.at(tokens).tensor(name) for tokens in (1, 2))
         if one is None or two is None or not all(isinstance(size, int) for size in one.shape):
             return None
         return (math.prod(map(int, two.shape)) - math.prod(map(int, one.shape))) * one.dtype.itemsize
 
     def tensor(self, name: str) -> TensorMeta | None:
-        """The input or live output called ``name``, or None where the place has none."""
+        """The input or live output called ``name``, or None if the site has none."""
         return self.inputs.get(name, self.outputs.get(name))
 
 

@@ -1,8 +1,8 @@
-"""A site whose sizes are known only at run time: asked ahead of a call, and made anew when the call comes.
+"""Sites with sizes that are known only at run time: evaluated before a call, and rebuilt at the call.
 
-Asked ahead, each symbol becomes one of an environment of its own. It has no value there, so that a comparison raises:
-it can neither add a guard to the graph nor be answered by the sizes of the first call. When a call comes, the site is
-what a graph of these fixed sizes would have had: sizes are expressions of those of x.
+Before a call, each symbol is replaced by one of a separate environment. It has no value there, so a comparison raises:
+it can neither add a guard to the graph nor use the sizes of the first call. At a call, the site is the one that a graph
+of these fixed sizes would have: its sizes are computed from those of x.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from fusion_core.site import Device, Dim, Site, TensorMeta
+from fusion_core._json.values import decode_scalar, encode_scalar
+from fusion_core._torch.sizes import value_of
+from fusion_core.site import Device, Dim, Site, TensorMeta, dtype_name
 from fusion_core.site.watched import Watch, WatchedSizes
 
 
@@ -42,16 +44,17 @@ def _with_sizes(site: Site, make: Callable[[tuple[Any, ...]], tuple[Any, ...]]) 
 
 
 class Ahead:
-    """A site with run-time sizes, to be asked before a call.
+    """A site with run-time sizes, for requirements that are evaluated before a call.
 
     Attributes:
-        lead: The symbol of x's one leading size that is known only at run time: the token count gives it. None where
-            there are several, or none, or it is an expression.
+        lead: The symbol of x's single run-time leading size, which the token count determines. None if there are
+            several or none, or if it is an expression.
+        leading: All symbols in the leading sizes of x.
         unbacked: Symbols that have no value even at the first call.
     """
 
     def __init__(self, site: Site) -> None:
-        # imported here: it brings sympy, and most sizes are plain integers
+        # imported late: it imports sympy, and most sizes are plain integers
         from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
         own = ShapeEnv()
@@ -74,7 +77,7 @@ class Ahead:
         self.leading: set[Any] = set().union(*(size.node.expr.free_symbols for size in leading))
 
     def watched(self) -> tuple[Site, Watch]:
-        """The site, and what notes which of its sizes are looked at."""
+        """The site, and the record of which of its sizes are read."""
         watch = Watch()
         return _with_sizes(self._site, lambda sizes: WatchedSizes.of(sizes, watch)), watch
 
@@ -85,7 +88,7 @@ def _ahead(key: str, held: _Held) -> Ahead:
 
 
 class _Held:
-    """A site that counts as equal to any other: the text beside it is the key."""
+    """A site that is equal to any other, so that only the text passed with it is the cache key."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -98,12 +101,12 @@ class _Held:
 
 
 def ahead(site: Site) -> Ahead:
-    """A site to be asked before a call; the sites of a model's layers are mostly alike, and share it."""
+    """The site for evaluation before a call; shared by the sites of a model's layers that are the same."""
     return _ahead(repr(replace(site, node="")), _Held(site))
 
 
 def any_tokens(site: Site) -> Site:
-    """The site with leading sizes of x, and of what has the same ones, that are known only at run time."""
+    """The site with run-time leading sizes for x and all tensors with the same leading sizes."""
     if site.tokens is None:
         return site
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -120,7 +123,7 @@ def any_tokens(site: Site) -> Site:
 
 
 def to_data(site: Site) -> list[Any]:
-    """A site as plain JSON types, the same on ranks whose graphs call their symbols otherwise."""
+    """A site as plain JSON types, the same on ranks whose graphs name their symbols differently."""
     names = {
         size.node.expr: type(size.node.expr)(f"x{place}", integer=True)
         for place, size in enumerate(site.inputs["x"].shape)
@@ -134,14 +137,13 @@ def to_data(site: Site) -> list[Any]:
 
     def meta(tensor: TensorMeta) -> list[Any]:
         stride = None if tensor.stride is None else list(map(said, tensor.stride))
-        return [str(tensor.dtype).removeprefix("torch."), list(map(said, tensor.shape)), stride]
+        return [dtype_name(tensor.dtype), list(map(said, tensor.shape)), stride]
 
     return [
         site.pattern,
         {name: meta(tensor) for name, tensor in site.inputs.items()},
         {name: meta(tensor) for name, tensor in site.outputs.items()},
-        {name: {"dtype": str(v).removeprefix("torch.")} if isinstance(v, torch.dtype) else v
-         for name, v in site.attributes.items()},
+        {name: encode_scalar(value) for name, value in site.attributes.items()},
         [site.device.type, site.device.arch],
         site.world_size,
     ]  # fmt: skip
@@ -151,7 +153,7 @@ def of_data(data: list[Any], shape: tuple[int, ...], group: str) -> Site:
     """The site of a call with an x of this shape.
 
     Args:
-        data: What `to_data` gave.
+        data: The result of `to_data`.
         shape: The shape of x.
         group: The process group's name.
     """
@@ -167,7 +169,7 @@ def of_data(data: list[Any], shape: tuple[int, ...], group: str) -> Site:
         "",
         {name: meta(name, *each) for name, each in inputs.items()},
         {name: meta(name, *each) for name, each in outputs.items()},
-        {n: getattr(torch, v["dtype"]) if isinstance(v, dict) else v for n, v in attributes.items()},
+        {name: decode_scalar(value) for name, value in attributes.items()},
         Device(*device),
         world_size,
         group,
@@ -177,12 +179,8 @@ def of_data(data: list[Any], shape: tuple[int, ...], group: str) -> Site:
 def _size(text: int | str | None, shape: tuple[int, ...]) -> Dim:
     if isinstance(text, int):
         return text
-    if text is None:  # of no size of x: nobody knows it here
+    if text is None:  # it does not depend on the sizes of x, so it is unknown here
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         return ShapeEnv().create_unbacked_symint()
-    import sympy
-    from torch.utils._sympy import functions
-
-    named = {f"x{place}": sympy.Integer(size) for place, size in enumerate(shape)}
-    return int(sympy.sympify(text, locals={**vars(functions), **named}))
+    return value_of(text, {f"x{place}": size for place, size in enumerate(shape)})

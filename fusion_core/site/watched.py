@@ -1,4 +1,4 @@
-"""Sizes that tell who looked at them: whether a requirement's answer depends on a size known only at run time."""
+"""Sizes that record being read: whether a requirement's answer depends on a size known only at run time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 @dataclass
 class Watch:
-    """What of a site a requirement looked at.
+    """The sizes of a site that a requirement has read.
 
     Attributes:
-        symbols: Symbols of the sizes that it looked at one by one.
-        tokens: Whether it asked for their product, `Site.tokens`.
+        symbols: Symbols of the sizes that it read individually.
+        tokens: Whether it read their product, `Site.tokens`.
     """
 
     symbols: set[Any] = field(default_factory=set)
@@ -21,17 +21,17 @@ class Watch:
 
     @property
     def looked(self) -> bool:
-        """Whether it looked at anything that is known only at run time."""
+        """Whether it read any size that is known only at run time."""
         return self.tokens or bool(self.symbols)
 
     def note(self, size: object) -> None:
-        """That it looked at a size."""
+        """Record that a size was read."""
         if not isinstance(size, int):
             self.symbols |= size.node.expr.free_symbols  # type: ignore[attr-defined]
 
 
 class WatchedSizes(tuple[Any, ...]):
-    """A shape or strides; reading a size that is known only at run time is noted, reading how many there are is not."""
+    """A shape or strides that records reads of sizes known only at run time; reading its length is not recorded."""
 
     watch: Watch
 
@@ -97,9 +97,9 @@ class WatchedSizes(tuple[Any, ...]):
         return repr(self._all())
 
     def count(self, size: Any) -> int:
-        """How often a size is there."""
+        """The number of occurrences of a size."""
         return self._all().count(size)
 
     def index(self, size: Any, *bounds: Any) -> int:
-        """Where a size is."""
+        """The index of a size."""
         return self._all().index(size, *bounds)

@@ -1,4 +1,4 @@
-"""What each way to run a place costs on this machine: measured, kept in a table, looked up when one is chosen."""
+"""Tuning tables: measured times of every way to run a site on this machine, looked up when a strategy is chosen."""
 
 from fusion_core.tables.machine import Machine, refusal
 from fusion_core.tables.schema import TableError

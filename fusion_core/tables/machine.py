@@ -1,4 +1,4 @@
-"""The machine that a table was measured on, and whether it is this one."""
+"""The machine that a table was measured on, and its comparison with this one."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from fusion_core.site import Device
 from fusion_core.tables.links import UNKNOWN, driver_version, links_between
 
 DISTRIBUTIONS = ("fusion-core", "torch", "triton", "pytorch-triton-rocm", "flashinfer-python", "amd-aiter")
-"""Whose versions decide how fast a path is, and what a report about a machine says."""
+"""Distributions whose versions affect the speed of a path; reports about a machine list them."""
 
 OWN = "fusion-core"
-"""Recorded and not compared: a table outlives releases that change none of the kernels."""
+"""Recorded but not compared: a table stays valid in releases that do not change the kernels."""
 
 HINT = "fusion-core tune measures this machine"
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What times of kernels hang on.
+    """What the times of kernels depend on.
 
     Attributes:
-        gpu: The GPU's name, as its driver gives it; ``"cpu"`` where there is none.
+        gpu: The name of the GPU from its driver; ``"cpu"`` if there is none.
         arch: Its architecture: ``"sm_90"``, ``"gfx942"``.
-        links: How the GPUs are linked: ``"nvlink 18"``, ``"no nvlink"``, ``"several hosts"``, ``"unknown"``.
+        links: The links between the GPUs: ``"nvlink 18"``, ``"no nvlink"``, ``"several hosts"``, ``"unknown"``.
         world_size: The number of ranks in the process group.
         driver: The version of the GPU's driver, or empty.
-        versions: Of the installed `DISTRIBUTIONS`.
+        versions: Versions of the installed `DISTRIBUTIONS`.
     """
 
     gpu: str
@@ -49,7 +49,7 @@ class Machine:
 
     @classmethod
     def here(cls, world_size: int, device: Device | None = None) -> Machine:
-        """This machine, for a process group of ``world_size`` ranks on ``device`` (None: where a model would run)."""
+        """This machine, for a process group of ``world_size`` ranks on ``device`` (None for the default device)."""
         device = Device.here() if device is None else device
         if device.type != "cuda" or not torch.cuda.is_available():
             return cls(device.type, device.arch, "", world_size, "", installed_versions())
@@ -69,7 +69,7 @@ def installed_versions() -> dict[str, str]:
 @functools.cache
 def _installed() -> Mapping[str, str]:
     found = {name: version for name in DISTRIBUTIONS if (version := _version(name)) is not None}
-    return {**found, "torch": str(torch.__version__)}  # says which CUDA or ROCm it was built for; metadata may not
+    return {**found, "torch": str(torch.__version__)}  # names the CUDA or ROCm it was built for; metadata may not
 
 
 def _version(distribution: str) -> str | None:
@@ -80,30 +80,30 @@ def _version(distribution: str) -> str | None:
 
 
 def refusal(measured: Machine, here: Machine, shipped: bool) -> Reason | None:
-    """Why what was measured on one machine says nothing about this one, with all differences; None where it does.
+    """The reason why a table of one machine is not valid on this one, with all differences, or None if it is.
 
     Args:
         measured: The table's machine.
-        here: This one. Where its links are unknown, they are not compared.
-        shipped: Whether the table came with the package: other versions of the driver and the libraries are then no
-            reason, because nobody could otherwise use it.
+        here: This one. If its links are unknown, they are not compared.
+        shipped: Whether the table came with the package. The versions of the driver and the libraries are then not
+            compared, since few machines would have the same.
     """
     found, wanted = _facts(measured, shipped), _facts(here, shipped)
     if here.links == UNKNOWN:
         del found["links"], wanted["links"]
-    # in the order of the facts, those of the table first; a library may be missing on either side
+    # in the order of the facts, the table's first; a library may be missing on either side
     differing = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if not differing:
         return None
 
-    def said(facts: Mapping[str, str]) -> str:
+    def text(facts: Mapping[str, str]) -> str:
         return ", ".join(f"{name} {facts.get(name) or 'none'}" for name in differing)
 
-    return Reason("machine", f"the table was measured with {said(found)}", f"{said(wanted)}, as here", hint=HINT)
+    return Reason("machine", f"the table was measured with {text(found)}", f"{text(wanted)}, as here", hint=HINT)
 
 
 def _facts(machine: Machine, shipped: bool) -> dict[str, str]:
-    """What is compared, by name."""
+    """The facts to compare, by name."""
     facts = {"gpu": machine.gpu, "arch": machine.arch, "links": machine.links, "ranks": str(machine.world_size)}
     if shipped:
         return facts

@@ -1,7 +1,7 @@
-"""The form of a tuning table as plain JSON types, and the check that a document has it.
+"""The schema of a tuning table as plain JSON types, and the check of a document against it.
 
-A table comes from a file that anyone may have edited, and what it says decides what runs: nothing in it is taken on
-trust, and nothing that is not understood is passed over.
+A table comes from a file that may have been edited by hand, and it decides what runs. So everything in it is checked,
+and unknown content is an error.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any, NoReturn
 from fusion_core.errors import ConfigError
 
 SCHEMA = 1
-"""Version of the form; it changes where a reader of the old form would be misled."""
+"""Version of the form; it changes if a reader of the old form would misread the new one."""
 
 UNFUSED = "unfused"
-"""The column of the best that ``torch.compile`` gives without us."""
+"""The column of the best time that ``torch.compile`` reaches without fusion_core."""
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 TOP = ("schema", "machine", "made", "command", "rows")
 MACHINE = ("gpu", "arch", "links", "world_size", "driver", "versions")
 ROW = ("pattern", "dtype", "hidden", "tokens", "us")
 LARGEST = 2**31 - 1
-"""Of a world size, hidden size or number of tokens."""
+"""The largest world size, hidden size or number of tokens."""
 
 LONGEST = 1000
-"""Characters of a text."""
+"""The most characters of a text."""
 
 LEAST_US, MOST_US = 1e-3, 1e9
-"""A nanosecond and a quarter of an hour: no time of a kernel lies outside."""
+"""A nanosecond and a quarter of an hour: every time of a kernel is in between."""
 
 
 class TableError(ConfigError):
@@ -38,7 +38,7 @@ class TableError(ConfigError):
 
 
 def check(data: Any) -> None:
-    """Raise `TableError` where ``data`` is not a table as plain JSON types; it says where, what is there, what must be.
+    """Raise `TableError` if ``data`` is not a table as plain JSON types: with the path, what is there, what it needs.
 
     Example:
         >>> check({"schema": 2, "machine": {}, "made": "", "command": "", "rows": []})
@@ -46,7 +46,7 @@ def check(data: Any) -> None:
             ...
         fusion_core.tables.schema.TableError: schema is 2, needs 1; fusion-core tune writes a table in that form
     """
-    if isinstance(data, Mapping) and data.get("schema", SCHEMA) != SCHEMA:  # first: another form has other keys
+    if isinstance(data, Mapping) and data.get("schema", SCHEMA) != SCHEMA:  # first: another version has other keys
         _refuse("schema", data["schema"], f"{SCHEMA}; fusion-core tune writes a table in that form")
     top = _object(data, "the table", TOP)
     _whole(top["schema"], "schema")
@@ -81,11 +81,11 @@ def _row(data: Any, path: str) -> None:
         if not (number and LEAST_US <= time <= MOST_US):  # also false for NaN
             _refuse(f"{path}.us.{name}", time, f"microseconds, a number from {LEAST_US:g} to {MOST_US:g}")
     if UNFUSED not in times:
-        _refuse(f"{path}.us", sorted(times), f"{UNFUSED!r} too: without it no other figure says anything", "has")
+        _refuse(f"{path}.us", sorted(times), f"{UNFUSED!r} too, which all other times are compared with", "has")
 
 
 def _grid(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Each point once, and for a pattern and dtype the same token counts at every hidden size."""
+    """Check that each point occurs once, and that a pattern and dtype has the same token counts at each hidden size."""
     tokens: dict[tuple[str, str], dict[int, set[int]]] = {}
     first: dict[tuple[str, str], int] = {}
     for index, row in enumerate(rows):
@@ -107,7 +107,7 @@ def _grid(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _object(data: Any, path: str, keys: Sequence[str] | None = None) -> Mapping[str, Any]:
-    """``data`` as an object with exactly these keys, or with any that are text."""
+    """``data``, checked to be an object with exactly these keys, or with any text keys."""
     needs = "an object" if keys is None else f"an object with {', '.join(keys)}"
     if not isinstance(data, Mapping):
         _refuse(path, data, needs)
@@ -125,7 +125,7 @@ def _text(value: Any, path: str, empty: bool = False) -> None:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it can stand in a message."""
+    """Whether it can be printed in a message."""
     return isinstance(value, str) and 1 <= len(value) <= LONGEST and value.isprintable()
 
 
@@ -148,8 +148,8 @@ def _refuse(path: str, found: Any, needs: str, verb: str = "is") -> NoReturn:
 
 
 def _short(value: Any) -> str:
-    """A document may hold anything, of any length."""
+    """A value of any type and length, shortened for a message."""
     try:
         return reprlib.repr(value)
-    except ValueError:  # Python writes no number of thousands of digits
+    except ValueError:  # Python refuses to print a number of thousands of digits
         return f"of type {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Where tables are kept: the user's own in the cache directory, those of known machines in the package."""
+"""Storage of tables: the user's own in the cache directory, those of known machines in the package."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
 
 from fusion_core._files import write_whole
+from fusion_core._json.values import parse
 from fusion_core.errors import ConfigError
 from fusion_core.reason import Reason
 from fusion_core.site import Device
@@ -27,7 +27,7 @@ NONE = "none"
 CACHE_NEEDS = "a cache directory that can be written; set XDG_CACHE_HOME to one"
 
 LARGEST_FILE = 16 * 2**20
-"""Bytes; a table of a thousand points has less than a hundredth of it."""
+"""In bytes; a table of a thousand points has less than a hundredth of this."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Found:
     """The table to use, if there is one.
 
     Attributes:
-        table: None where nothing was measured that holds here.
+        table: The table, or None if none is valid here.
         origin: The table's file, or ``"<name> of fusion-core"`` for one that came with the package; empty without one.
-        problems: Files that were looked at and cannot be used, and why. That there is none is no problem.
+        problems: Reasons why existing files cannot be used. A missing file is not a problem.
     """
 
     table: Table | None
@@ -46,13 +46,13 @@ class Found:
 
 
 def find(device: Device, world_size: int, setting: str | None = None) -> Found:
-    """The table that holds for a process group of ``world_size`` ranks on ``device``; it never raises.
+    """The table that is valid for a process group of ``world_size`` ranks on ``device``; never raises.
 
     Args:
-        device: Where the model runs.
+        device: The device that the model runs on.
         world_size: The number of ranks in the process group.
-        setting: None for the user's own table, and where there is none that holds, the one of the package. A path for
-            that file alone. ``"none"`` for no table.
+        setting: None for the user's own table or, if none is valid, the package's. A path for only that file.
+            ``"none"`` for no table.
     """
     if setting == NONE:
         return Found(None)
@@ -62,10 +62,10 @@ def find(device: Device, world_size: int, setting: str | None = None) -> Found:
 
 
 def save(table: Table) -> Path:
-    """Keep a table as the user's own for its machine; the file that now holds it.
+    """Save a table as the user's own for its machine. Returns the file.
 
     Raises:
-        ConfigError: where it cannot be written.
+        ConfigError: It cannot be written.
     """
     path = path_for(table.machine)
     if not path.is_absolute():
@@ -78,19 +78,23 @@ def save(table: Table) -> Path:
 
 
 def path_for(machine: Machine) -> Path:
-    """The file of the user's own table for a machine; ``~/.cache/fusion_core/tables/nvidia-h200-x2.json``, say."""
+    """The file of the user's own table for a machine, such as ``~/.cache/fusion_core/tables/nvidia-h200-x2.json``."""
     return folder() / f"{_slug(machine)}.json"
 
 
 def folder() -> Path:
-    """Where the user's own tables are."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    cache = Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache"))
-    return cache / "fusion_core" / "tables"
+    """The folder of the user's own tables."""
+    from platformdirs import user_cache_path  # some ms, when a table is first looked for
+
+    try:
+        cache = user_cache_path("fusion_core", appauthor=False)
+    except RuntimeError:  # there is no home; `save` refuses a path that is not absolute
+        cache = Path("~/.cache/fusion_core")
+    return cache / "tables"
 
 
 def to_json(table: Table) -> str:
-    """The text of a table's file: a line for each row, so that two tables can be compared line by line."""
+    """The text of a table's file, with a line per row so that two tables can be compared by lines."""
     document = table.to_dict()
     rows = ",\n".join(f"  {json.dumps(row)}" for row in document.pop("rows"))
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in document.items()]
@@ -101,7 +105,7 @@ def read(path: Path) -> Table:
     """The table in a file.
 
     Raises:
-        TableError: where there is none, or it is no table; names the file.
+        TableError: There is no file, or it is not a table; names the file.
     """
     try:
         with open(path, "rb", opener=_without_waiting) as file:
@@ -119,13 +123,13 @@ def read(path: Path) -> Table:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # or a pipe would wait for its other end
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for its other end
 
 
 def _parsed(data: bytes, origin: str) -> Table:
     try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+        document = parse(data, strict=True)
+    except ValueError as error:
         raise TableError(f"{origin} is not JSON in UTF-8 ({error}), needs a table; {HINT}") from error
     try:
         return Table.from_dict(document)
@@ -133,20 +137,8 @@ def _parsed(data: bytes, origin: str) -> Table:
         raise TableError(f"{origin}: {error}") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
-    return found
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no JSON")
-
-
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file does; None where there is none, empty where that cannot be told."""
+    """A value that changes when the file does; None if there is no file, empty if that is unknown."""
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -176,7 +168,7 @@ def _find(here: Machine, path: str, stamp: tuple[int, ...] | None, explicit: boo
             except TableError as error:
                 problems.append(Reason("table", str(error)))
                 continue
-            # one for other links is not a problem: the next one may hold, and nobody asked for it
+            # one for other links is not a problem: the next one may be valid, and the user did not ask for this one
             if refusal(table.machine, here, shipped=True) is None:
                 return Found(table, origin, tuple(problems))
     return Found(None, "", tuple(problems))

@@ -1,4 +1,4 @@
-"""A tuning table: measured times of every way to run a place, and figures between the measured points."""
+"""A tuning table: measured times of every way to run a site, interpolated between the measured points."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fusion_core.tables.schema import UNFUSED, TableError
 __all__ = ["UNFUSED", "Row", "Table", "TableError"]
 
 TWINS = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}
-"""Dtypes of one size, whose kernels take one time: where one was not measured the other stands for it."""
+"""Dtypes of the same size, whose kernels take the same time: each one's times are used for the other if it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,11 @@ class Row:
     """One measured point.
 
     Attributes:
-        pattern: The longest pattern that stands at the place.
-        dtype: Of x, without ``torch.``: ``"bfloat16"``.
+        pattern: The longest pattern that matches at the site.
+        dtype: Dtype of x, without ``torch.``: ``"bfloat16"``.
         hidden: The size of x's last dimension.
         tokens: The product of its other dimensions.
-        us: `UNFUSED` and names of strategies → microseconds a place. A way that did not run there is absent.
+        us: `UNFUSED` and names of strategies → microseconds per site. A strategy that did not run there is absent.
     """
 
     pattern: str
@@ -47,23 +47,23 @@ class Table:
     """What was measured on one machine.
 
     Attributes:
-        machine: Where.
+        machine: The machine.
         rows: The points, in any order. For a pattern and dtype every hidden size has the same token counts.
-        made: When, as an ISO time in UTC.
-        command: What made it.
+        made: When it was made, as an ISO time in UTC.
+        command: The command that made it.
 
     Raises:
-        TableError: for rows or facts that `fusion_core.tables.schema.check` refuses.
+        TableError: `fusion_core.tables.schema.check` refuses the rows or other fields.
 
     Example:
         >>> us = [{"unfused": 16.0, "acme.sum": 4.0}, {"unfused": 16.0, "acme.sum": 64.0}]
         >>> rows = tuple(Row("all_reduce", "bfloat16", 4096, *point) for point in zip((1, 16), us))
         >>> table = Table(Machine("Acme 9000", world_size=2), rows, "2026-11-22T10:00:00+00:00", "a measurement")
-        >>> for name, us in table.figures("all_reduce", torch.float16, 4096, 4).items():
+        >>> for name, us in table.times("all_reduce", torch.float16, 4096, 4).items():
         ...     print(f"{name} {us:.1f}")
         unfused 16.0
         acme.sum 16.0
-        >>> table.figures("all_reduce", torch.float16, 4096, 32)
+        >>> table.times("all_reduce", torch.float16, 4096, 32)
         {}
     """
 
@@ -75,15 +75,15 @@ class Table:
     def __post_init__(self) -> None:
         schema.check(self.to_dict())
 
-    def figures(self, pattern: str, dtype: torch.dtype, hidden: int, tokens: int) -> dict[str, float]:
-        """Microseconds a place of each way to run it: as measured, or between the neighbouring measured points.
+    def times(self, pattern: str, dtype: torch.dtype, hidden: int, tokens: int) -> dict[str, float]:
+        """Microseconds per site of each way to run it: as measured, or interpolated between the neighbouring points.
 
-        Between points the logarithm of the time is linear in that of the tokens and in that of the hidden size. A way
-        has a figure where it ran at all the points that are needed. Nothing is said beyond the outermost points: empty
-        there, and for a pattern or dtype that was not measured.
+        Between points the logarithm of the time is linear in that of the tokens and in that of the hidden size. A
+        strategy has a time if it ran at all the points that are needed. The result is empty beyond the outermost
+        points, and for a pattern or dtype that was not measured.
         """
         grid = self._grids.get((pattern, dtype))
-        return {} if grid is None else grid.figures(hidden, tokens)
+        return {} if grid is None else grid.times(hidden, tokens)
 
     @cached_property
     def _grids(self) -> Mapping[tuple[str, torch.dtype], _Grid]:
@@ -98,12 +98,12 @@ class Table:
 
     @cached_property
     def backends(self) -> frozenset[str]:
-        """The names of backends of which something was measured."""
+        """The names of backends with a measured strategy."""
         return frozenset(name.partition(".")[0] for row in self.rows for name in row.us if name != UNFUSED)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that decides: the rows, in whatever order, and not when or how they were measured."""
+        """A hash of what affects choices: the rows, in any order, but not when or how they were measured."""
         rows = sorted(json.dumps({**_plain(row), "us": _floats(row.us)}, sort_keys=True) for row in self.rows)
         return hashlib.sha256(json.dumps([schema.SCHEMA, rows]).encode()).hexdigest()
 
@@ -119,10 +119,10 @@ class Table:
 
     @classmethod
     def from_dict(cls, data: Any) -> Table:
-        """The table that `to_dict` gave.
+        """The table from `to_dict`'s result.
 
         Raises:
-            TableError: for anything else; it says where, what is there and what must be.
+            TableError: ``data`` is not such a result. Gives the path, what is there, and what it needs.
         """
         schema.check(data)
         machine = {**data["machine"], "versions": dict(data["machine"]["versions"])}
@@ -135,7 +135,7 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def _floats(us: Mapping[str, float]) -> dict[str, float]:
-    return {name: float(time) for name, time in us.items()}  # a file may say 10 for 10.0
+    return {name: float(time) for name, time in us.items()}  # a file may contain 10 for 10.0
 
 
 class _Axis:
@@ -146,9 +146,9 @@ class _Axis:
         self._logs = [math.log(value) for value in self.values]
 
     def weights(self, value: int) -> tuple[tuple[int, float], ...]:
-        """The positions of the neighbours of ``value`` and what each counts: itself alone where it was measured.
+        """The indices and weights of the neighbours of ``value``: only itself if it was measured.
 
-        Empty outside of what was measured.
+        Empty outside of the measured range.
         """
         after = bisect_left(self.values, value)
         if after < len(self.values) and self.values[after] == value:
@@ -161,7 +161,7 @@ class _Axis:
 
 
 class _Grid:
-    """The points of one pattern and dtype; the check of the table has seen that none is missing or twice."""
+    """The points of one pattern and dtype. The table was checked: none is missing or duplicated."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._hidden = _Axis(row.hidden for row in rows)
@@ -170,20 +170,20 @@ class _Grid:
         self._us = [[_floats(at[hidden, tokens]) for tokens in self._tokens.values] for hidden in self._hidden.values]
         self._logs = [[{name: math.log(us) for name, us in cell.items()} for cell in line] for line in self._us]
 
-    def figures(self, hidden: int, tokens: int) -> dict[str, float]:
+    def times(self, hidden: int, tokens: int) -> dict[str, float]:
         lines, columns = self._hidden.weights(hidden), self._tokens.weights(tokens)
         corners = [(self._logs[i][j], along * across) for i, along in lines for j, across in columns]
         if not corners:
             return {}
         base = self._us[lines[0][0]][columns[0][0]]
         first, others = corners[0][0], corners[1:]
-        figures = {}
+        times = {}
         for name, log in first.items():
-            above = 0.0  # relative to the first corner: a measured time, and one of equal times, stays what it is
+            above = 0.0  # relative to the first corner: exact for a measured point, and between equal times
             for cell, part in others:
                 if name not in cell:
                     break
                 above += part * (cell[name] - log)
             else:
-                figures[name] = base[name] * math.exp(above)
-        return figures
+                times[name] = base[name] * math.exp(above)
+        return times

@@ -1,4 +1,4 @@
-"""What a backend's author tests with: generators of sites and tensors, a pool of workers, and the conformance kit.
+"""Test tools for authors of backends: generators of sites and tensors, a pool of workers, and the conformance kit.
 
 Needs the extra ``testing`` (``pip install 'fusion-core[testing]'``). A backend's own test file is two lines::
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fusion_core.testing.tolerance import Excess, excess
     from fusion_core.workers import WorkerError, WorkerPool
 
-# Imported when first used: worker processes import parts of this package, and need neither hypothesis nor pytest.
+# Imported when first used: worker processes import parts of this package and need neither hypothesis nor pytest.
 _HOMES = {
     "samples.requirement_sides": ("NoSides", "Sides", "sides"),
     "samples.sites": ("Impossible", "example_site", "repaired"),

@@ -1,4 +1,4 @@
-"""One promise of a strategy, and one example of it run again by the command that a failure prints."""
+"""A check of one promise of a strategy, and the command that repeats a failed example."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusion_core.site.run_time import has_run_time_sizes, of_data, to_data
 from fusion_core.testing.subject import Subject
 
 Example = tuple[Site, Values | None]
-"""A site, and what its tensors hold where that was drawn."""
+"""A site, and the values of its tensors if they were drawn."""
 
 _running: ContextVar[str] = ContextVar("_running", default="")
 _only: ContextVar[Example | None] = ContextVar("_only", default=None)
@@ -25,13 +25,13 @@ _only: ContextVar[Example | None] = ContextVar("_only", default=None)
 
 @dataclass(frozen=True)
 class Check:
-    """One promise.
+    """The check of one promise.
 
     Attributes:
         name: The name of its function.
         title: The promise in one line.
         needs_device: Whether it runs kernels.
-        function: Checks it for one strategy.
+        function: Checks the promise for one strategy.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Check:
     function: Callable[[Subject], None]
 
     def run(self, subject: Subject, only: str | None = None) -> None:
-        """Check it for one strategy.
+        """Check the promise for one strategy.
 
         Args:
             subject: The strategy.
-            only: The one example to check, as a failure prints it; None for all.
+            only: The only example to check, as a failure prints it; None for all.
 
         Raises:
-            ConfigError: where ``only`` is no such example.
+            ConfigError: if ``only`` is not such an example.
         """
         name, example = _running.set(self.name), _only.set(None if only is None else example_of(only))
         try:
@@ -61,7 +61,7 @@ CHECKS: list[Check] = []
 
 
 def check(needs_device: bool) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
-    """Register a function as a promise, by its name and the first line of its docstring."""
+    """Register a function as a check; its title is the first line of the docstring."""
 
     def register(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
         title = (function.__doc__ or "").partition("\n")[0].rstrip(".")
@@ -72,12 +72,12 @@ def check(needs_device: bool) -> Callable[[Callable[[Subject], None]], Callable[
 
 
 def only() -> Example | None:
-    """The one example that is to be checked; None for all."""
+    """The only example to check; None for all."""
     return _only.get()
 
 
 def chosen(fixed: Iterable[Example]) -> Iterator[Example]:
-    """A check's fixed examples, or the one that is to be checked instead."""
+    """A check's fixed examples, or the one that was asked for instead."""
     example = _only.get()
     if example is None:
         yield from fixed
@@ -86,7 +86,7 @@ def chosen(fixed: Iterable[Example]) -> Iterator[Example]:
 
 
 def command(subject: Subject, site: Site | None = None, values: Values | None = None) -> str:
-    """The command that runs the check that is running now again, on this one example where it is given."""
+    """The command that repeats the current check, on only this example if one is given."""
     words = ["fusion-core", "verify", subject.backend, "--strategy", subject.name, "--check", _running.get()]
     if subject.entry_point is not None:
         words += ["--entry-point", subject.entry_point]
@@ -97,18 +97,18 @@ def command(subject: Subject, site: Site | None = None, values: Values | None = 
 
 
 def text_of(site: Site, values: Values | None) -> str | None:
-    """An example as a word of a command line; None where it holds what such a word cannot."""
+    """An example as one word of a command line; None if it cannot be encoded."""
     if has_run_time_sizes(site):
         return None
     try:
-        said = json.dumps([to_data(site), None if values is None else asdict(values)], separators=(",", ":"))
+        document = json.dumps([to_data(site), None if values is None else asdict(values)], separators=(",", ":"))
     except TypeError:
         return None
-    return base64.urlsafe_b64encode(zlib.compress(said.encode(), 9)).decode().rstrip("=")
+    return base64.urlsafe_b64encode(zlib.compress(document.encode(), 9)).decode().rstrip("=")
 
 
 def example_of(text: str) -> Example:
-    """The example that `text_of` gave.
+    """Decode the text of `text_of`.
 
     Raises:
         ConfigError: for any other text.

@@ -1,4 +1,4 @@
-"""What checks are made of: their verdicts, examples to check, and runs of them in workers."""
+"""The parts of checks: their verdicts, their examples, and runs in workers."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ T = TypeVar("T")
 
 
 class CheckFailed(FusionError):
-    """A promise that is not kept; the text says by which strategy, where, what was found and what is needed."""
+    """A promise that is not kept; the message names the strategy, the site, what was found and what is needed."""
 
 
 class CheckSkipped(FusionError):
-    """A check that cannot be made on this machine; the text is the reason."""
+    """A check that cannot run on this machine; the message is the reason."""
 
 
 class CheckNotApplicable(CheckSkipped):
-    """A check that says nothing about this strategy, on any machine; the text is the reason."""
+    """A check that does not apply to this strategy on any machine; the message is the reason."""
 
 
 class _Stop(BaseException):
-    """Ends hypothesis's search with its first failure, where each further one would cost new workers."""
+    """Ends hypothesis's search at its first failure, if each further failure would cost new workers."""
 
     def __init__(self, failure: CheckFailed) -> None:
         super().__init__(str(failure))
@@ -49,7 +49,7 @@ class _Stop(BaseException):
 
 
 def fail(subject: Subject, site: Site, found: str, rank: int | None = None, values: Values | None = None) -> NoReturn:
-    """Raise `CheckFailed` with everything that an author needs to see it again."""
+    """Raise `CheckFailed` with everything that an author needs to reproduce the failure."""
     where = "" if rank is None else f"\n  on rank {rank}"
     numbers = "" if values is None else f"\n  with {values}"
     again = f"\n  again: {command(subject, site, values)}"
@@ -57,10 +57,10 @@ def fail(subject: Subject, site: Site, found: str, rank: int | None = None, valu
 
 
 def example(subject: Subject, device: Device, world_size: int = 2) -> Site:
-    """The strategy's own example.
+    """A site that the strategy accepts.
 
     Raises:
-        CheckFailed: where it has none.
+        CheckFailed: if there is none.
     """
     try:
         return example_site(subject.pattern, subject.strategy, device=device, world_size=world_size)
@@ -68,23 +68,23 @@ def example(subject: Subject, device: Device, world_size: int = 2) -> Site:
         raise CheckFailed(
             f"{subject}: it accepts no example: {error}\n  needs an ordinary site that meets all it requires"
         ) from None
-    except Exception as error:  # a requirement's own code ran
+    except Exception as error:  # from the code of a requirement
         raise CheckFailed(f"{subject}: a requirement raises {error!r}, needs a Reason or None at any site") from error
 
 
 def asked(subject: Subject, requirement: Requirement, site: Site) -> Reason | None:
-    """What a requirement says of a site; one that raises fails."""
+    """The reason that a requirement returns for a site; the check fails if it raises."""
     try:
         return requirement.unmet(site)
-    except Exception as error:  # noqa: BLE001  # a plugin's code ran
+    except Exception as error:  # noqa: BLE001  # from a plugin's code
         fail(subject, site, f"requirement '{requirement}' raises {error!r}, needs a Reason or None at any site")
 
 
 def here(subject: Subject) -> tuple[Device, tuple[int, ...]]:
-    """A device of this machine on which the strategy runs, and the world sizes to run it at, the usual one first.
+    """A device of this machine that runs the strategy, and the world sizes to test, the usual one first.
 
     Raises:
-        CheckSkipped: where there is none, with the reasons.
+        CheckSkipped: if there is none, with the reasons.
     """
     reasons = []
     for device in dict.fromkeys((Device.here(), Device("cpu"))):
@@ -104,7 +104,7 @@ def here(subject: Subject) -> tuple[Device, tuple[int, ...]]:
 
 
 def refused(subject: Subject, site: Site) -> bool:
-    """Whether the strategy refuses a site; with words, or the check fails."""
+    """Whether the strategy refuses a site; the check fails if a reason is empty."""
     reasons = subject.strategy.cannot(site, subject.pattern)
     for reason in reasons:
         if not (reason.code and reason.found):
@@ -116,7 +116,7 @@ def run(subject: Subject, site: Site, job: Callable[..., T], *args: Any) -> list
     """The results of a job on every rank.
 
     Raises:
-        CheckFailed: where a rank raises, dies or hangs; by `WorkerError`.
+        CheckFailed: if a rank raises, dies or hangs; the cause is a `WorkerError`.
     """
     try:
         return pools.run(site, job, subject, *args)
@@ -125,12 +125,12 @@ def run(subject: Subject, site: Site, job: Callable[..., T], *args: Any) -> list
         numbers = "" if values is None else f"\n  with {values}"
         raise CheckFailed(
             f"{subject}: it accepts this site, and a rank raised, died or hung there; needs a requirement that refuses "
-            f"it, or a cure\n  at {describe(site)}{numbers}\n  again: {command(subject, site, values)}\n{error}"
+            f"it, or a fix\n  at {describe(site)}{numbers}\n  again: {command(subject, site, values)}\n{error}"
         ) from error
 
 
 def judge(subject: Subject, site: Site, values: Values, outcomes: Sequence[Outcome], where: str = "") -> None:
-    """Fail where any rank has a result of the wrong form or beyond its bound."""
+    """Fail if any rank has a result of the wrong form or with an error above its bound."""
     for rank, outcome in enumerate(outcomes):
         if outcome.problems:
             fail(subject, site, f"{where}{'; '.join(outcome.problems)}", rank, values)
@@ -145,20 +145,20 @@ def judge(subject: Subject, site: Site, values: Values, outcomes: Sequence[Outco
 
 
 def compare_each(subject: Subject, fixed: Iterable[Example]) -> None:
-    """Compare fixed examples with the oracle, where the strategy does not refuse them."""
+    """Compare those fixed examples with the oracle that the strategy does not refuse."""
     for one in chosen(fixed):
         compare(subject, one)
 
 
 def compare(subject: Subject, one: Example) -> None:
-    """Compare an example with the oracle, where the strategy does not refuse it."""
+    """Compare an example with the oracle, unless the strategy refuses it."""
     site, values = one[0], Values() if one[1] is None else one[1]
     if not refused(subject, site):
         judge(subject, site, values, run(subject, site, jobs.compare, values))
 
 
 def in_float32(subject: Subject, site: Site) -> Site:
-    """The site with everything in float32 where the strategy takes it, else as it is."""
+    """The site with all tensors in float32 if the strategy accepts that, else unchanged."""
     inputs = {n: meta if n in SCALES else replace(meta, dtype=torch.float32) for n, meta in site.inputs.items()}
     try:
         found = with_outputs(subject.pattern, replace(site, inputs=inputs), site.outputs)
@@ -170,7 +170,7 @@ def in_float32(subject: Subject, site: Site) -> Site:
 def sites(
     subject: Subject, device: Device, world_sizes: Sequence[int] = (2,), *, accepted: bool | None = None
 ) -> st.SearchStrategy[Site]:
-    """Sites on both sides of what the strategy requires."""
+    """Sites on both sides of the strategy's requirements."""
     return draw_site(
         subject.pattern, subject.strategy, device=device, world_sizes=tuple(world_sizes), accepted=accepted
     ).filter(lambda site: (site.device == device and site.world_size in world_sizes) or subject_refuses(subject, site))
@@ -182,7 +182,7 @@ def subject_refuses(subject: Subject, site: Site) -> bool:
 
 
 def examples(subject: Subject, device: Device, world_sizes: Sequence[int]) -> st.SearchStrategy[tuple[Site, Values]]:
-    """Sites, and what their tensors hold."""
+    """Sites with the values of their tensors."""
     return sites(subject, device, world_sizes).flatmap(lambda site: st.tuples(st.just(site), draw_tensors(site)))
 
 
@@ -190,10 +190,10 @@ def for_all(subject: Subject, check: Callable[[T], None], drawn: st.SearchStrate
     """Check generated examples, and shrink one that fails.
 
     Args:
-        subject: Says how many, unless hypothesis's profile does.
+        subject: Its ``examples`` is their number; if that is None, hypothesis's profile decides.
         check: Raises `CheckFailed`.
         drawn: The examples.
-        factor: Times their number; at least 5 are checked.
+        factor: Multiplies their number; at least 5 are checked.
     """
     if only() is not None:
         return
@@ -202,7 +202,7 @@ def for_all(subject: Subject, check: Callable[[T], None], drawn: st.SearchStrate
     @hypothesis.settings(
         max_examples=max(round(number * factor), 5),
         deadline=None,  # a first call may build kernels
-        database=None,  # the message has all that is needed to see a failure again
+        database=None,  # the message is enough to reproduce a failure
         phases=(Phase.generate, Phase.shrink),
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),

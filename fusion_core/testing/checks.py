@@ -1,19 +1,19 @@
-"""What a strategy promises, as plain functions: the conformance kit without a test runner.
+"""The promises of a strategy as plain functions: the conformance kit without a test runner.
 
-Each of `CHECKS` has a ``name``, a ``title`` and ``run(subject)``, which returns nothing where the promise is kept, and
-raises otherwise::
+Each of `CHECKS` has a ``name``, a ``title`` and ``run(subject)``, which returns None if the promise is kept and raises
+otherwise::
 
-    for subject in subjects("acme"):            # BackendError where the backend does not load
+    for subject in subjects("acme"):            # BackendError if the backend does not load
         for check in CHECKS:
             try:
                 check.run(subject)
             except CheckSkipped as skipped:     # not on this machine, or not for this strategy; str() is the reason
                 ...
-            except CheckFailed as failed:       # str() says what is wrong: strategy, site, rank, found, needed
+            except CheckFailed as failed:       # str() names the strategy, site, rank, what was found and needed
                 ...
 
-`fusion_core.testing.conformance` makes a pytest test of each, `fusion-core verify` a line of output. Generated
-examples come from hypothesis under its current profile; workers are started when first needed and kept.
+`fusion_core.testing.conformance` makes each a pytest test, `fusion-core verify` a line of output. Generated examples
+come from hypothesis under its current profile; workers start when first needed and stay alive.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
+from fusion_core._torch.tensors import FakeTensorMode
 from fusion_core.errors import PatternError
 from fusion_core.reason import Reason
 from fusion_core.samples.layouts import LAYOUTS, strides
@@ -58,15 +61,15 @@ from fusion_core.testing.subject import Subject
 __all__ = ["CHECKS", "Check", "CheckFailed", "CheckNotApplicable", "CheckSkipped"]
 
 BATCHES = (1, 2, 3, 17, 64, 257)
-"""Numbers of rows in which a batch-invariant strategy is compared."""
+"""Batch sizes in rows at which a batch-invariant strategy is compared."""
 
 CPU = Device("cpu")
-"""Where checks that need no device start from."""
+"""The device of the first example in checks that need no device."""
 
 
 @check(needs_device=False)
 def accepts_its_own_example(subject: Subject) -> None:
-    """There is an ordinary site that the strategy can run."""
+    """The strategy can run some ordinary site."""
     site = example(subject, CPU)
     if reasons := subject.strategy.cannot(site, subject.pattern):
         fail(subject, site, f"it refuses its own example: {'; '.join(map(str, reasons))}")
@@ -74,13 +77,13 @@ def accepts_its_own_example(subject: Subject) -> None:
 
 @check(needs_device=False)
 def refuses_on_the_wrong_side_of_each_requirement(subject: Subject) -> None:
-    """Each requirement holds just inside of its bounds, and refuses with a reason just outside."""
+    """Each requirement is met just inside its bounds, and refuses with a reason just outside."""
     strategy, pattern = subject.strategy, subject.pattern
     try:
         site = example_site(pattern)
     except PatternError as error:
         raise CheckFailed(f"{subject}: {error}") from None
-    with contextlib.suppress(CheckFailed):  # one that accepts nothing has requirements all the same
+    with contextlib.suppress(CheckFailed):  # a strategy that accepts nothing still has requirements to check
         site = example(subject, CPU)
     for requirement in (*subject.requirements, *strategy.worthwhile):
         try:
@@ -102,14 +105,25 @@ def refuses_on_the_wrong_side_of_each_requirement(subject: Subject) -> None:
                 fail(subject, variant, f"requirement '{requirement}' refuses, and the strategy does not: {reason}")
 
 
+@contextlib.contextmanager
+def _some_group() -> Iterator[str]:
+    """The name of a process group of this process, of one rank if there is none: a strategy may ask for its size."""
+    if dist.is_initialized():
+        yield dist.group.WORLD.group_name  # type: ignore[union-attr]
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        yield dist.group.WORLD.group_name  # type: ignore[union-attr]
+    finally:
+        dist.destroy_process_group()
+
+
 @check(needs_device=False)
 def declares_what_the_definition_gives(subject: Subject) -> None:
-    """On fake tensors it gives the outputs of the definition, in shape and dtype."""
+    """On fake tensors its outputs have the definition's shapes and dtypes."""
     strategy, pattern = subject.strategy, subject.pattern
 
-    def faked(site: Site) -> None:
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
+    def faked(site: Site, group: str) -> None:
         if strategy.cannot(site, pattern):
             return
         mode = FakeTensorMode()
@@ -119,10 +133,8 @@ def declares_what_the_definition_gives(subject: Subject) -> None:
                 for name, meta in site.inputs.items()
             }
             try:
-                results, problems = jobs.by_name(
-                    strategy, pattern, jobs.call(strategy, pattern, site, fakes, site.group)
-                )
-            except Exception as error:  # noqa: BLE001  # a plugin's code ran
+                results, problems = jobs.by_name(strategy, pattern, jobs.call(strategy, pattern, site, fakes, group))
+            except Exception as error:  # noqa: BLE001  # from a plugin's code
                 found = f"it raises on fake tensors: {type(error).__name__}: {error}; needs a fake (register_fake)"
                 fail(subject, site, found)
         defined = output_metas(pattern, tuple(site.inputs.items()), tuple(site.attributes.items()))
@@ -134,14 +146,15 @@ def declares_what_the_definition_gives(subject: Subject) -> None:
         if problems:
             fail(subject, site, "; ".join(problems))
 
-    for site, _ in chosen([(example(subject, CPU), None)]):
-        faked(site)
-    for_all(subject, faked, draw_site(pattern, strategy, accepted=True), factor=0.1)
+    with _some_group() as group:
+        for site, _ in chosen([(example(subject, CPU), None)]):
+            faked(site, group)
+        for_all(subject, lambda site: faked(site, group), draw_site(pattern, strategy, accepted=True), factor=0.1)
 
 
 @check(needs_device=True)
 def equals_the_oracle_where_it_accepts(subject: Subject) -> None:
-    """Where it accepts, its outputs are as near to the float64 oracle as the definition's; elsewhere it says why."""
+    """At each site its outputs are as close to the float64 oracle as the definition's, or it refuses with reasons."""
     device, sizes = here(subject)
 
     compare_each(subject, [(example(subject, device, sizes[0]), Values())])
@@ -150,7 +163,7 @@ def equals_the_oracle_where_it_accepts(subject: Subject) -> None:
 
 @check(needs_device=True)
 def leaves_its_inputs_alone(subject: Subject) -> None:
-    """It writes into no input, nor into the gaps of one, unless its operator's schema says so."""
+    """It writes to no input, nor to the gaps between an input's elements, unless its operator's schema declares it."""
     device, sizes = here(subject)
     declared = jobs.written(subject.strategy.impl)
 
@@ -171,7 +184,7 @@ def leaves_its_inputs_alone(subject: Subject) -> None:
 
 @check(needs_device=True)
 def fake_matches_real(subject: Subject) -> None:
-    """Its fake gives the shapes, dtypes and strides that it really gives, and `torch.library.opcheck` agrees."""
+    """Its fake returns the shapes, dtypes and strides of the real results, and `torch.library.opcheck` passes."""
     device, sizes = here(subject)
 
     def same(site: Site) -> None:
@@ -188,7 +201,7 @@ def fake_matches_real(subject: Subject) -> None:
 
 @check(needs_device=True)
 def stands_in_the_compiled_graph(subject: Subject) -> None:
-    """torch.compile puts it where its pattern stands, and the answer stays right."""
+    """torch.compile puts it where its pattern matches, and the results stay correct."""
     device, sizes = here(subject)
     ((site, _),) = chosen([(example(subject, device, sizes[0]), None)])
     by_rank = run(subject, site, compiled.compile_it, Values())
@@ -210,7 +223,7 @@ def stands_in_the_compiled_graph(subject: Subject) -> None:
 
 @check(needs_device=True)
 def takes_any_number_of_dimensions_or_refuses(subject: Subject) -> None:
-    """With inputs of one to four dimensions it is right, or it refuses with reasons."""
+    """It is correct for inputs of one to four dimensions, or refuses with reasons."""
     device, sizes = here(subject)
     plain = example(subject, device, sizes[0])
     n = int(plain.inputs["x"].shape[-1])
@@ -220,9 +233,11 @@ def takes_any_number_of_dimensions_or_refuses(subject: Subject) -> None:
 
 @check(needs_device=True)
 def gives_the_same_bits_on_every_rank(subject: Subject) -> None:
-    """Every rank gets the same bits of every output, in float32 at the largest world size too."""
+    """Every rank gets the same bits of every output, also in float32 at the largest world size."""
     device, sizes = here(subject)
 
+    if subject.pattern.by_rank:
+        raise CheckNotApplicable("each rank has its own part of the result")
     largest = pools.every_world_size(subject, device.type)[-1]
     plain = example(subject, device, sizes[0])
 
@@ -244,10 +259,10 @@ def gives_the_same_bits_on_every_rank(subject: Subject) -> None:
 
 @check(needs_device=True)
 def gives_a_row_the_same_bits_in_every_batch(subject: Subject) -> None:
-    """Where it says that it is batch-invariant, a row's bits do not depend on the other rows."""
+    """If it is declared batch-invariant, a row's bits do not depend on the other rows."""
     device, sizes = here(subject)
     if not subject.strategy.batch_invariant:
-        raise CheckNotApplicable("it does not say that it is batch-invariant")
+        raise CheckNotApplicable("it is not declared batch-invariant")
     plains = [example(subject, device, size) for size in sizes]
     shapes = [(plain, (BATCHES[-1], int(plain.inputs["x"].shape[-1]))) for plain in plains]
     for site, _ in chosen((resized(subject.pattern, plain, shape), None) for plain, shape in shapes):
@@ -259,7 +274,7 @@ def gives_a_row_the_same_bits_in_every_batch(subject: Subject) -> None:
 
 @check(needs_device=True)
 def can_be_repeated_and_used_in_two_groups(subject: Subject) -> None:
-    """Called in turn on two process groups, it leaves earlier results alone and gives right ones each time."""
+    """Called alternately on two process groups, it leaves earlier results alone and returns correct ones each time."""
     device, sizes = here(subject)
     ((site, _),) = chosen([(example(subject, device, sizes[0]), None)])
     calls = [Values(seed=seed) for seed in range(3)]
@@ -272,13 +287,14 @@ def can_be_repeated_and_used_in_two_groups(subject: Subject) -> None:
 
 @check(needs_device=True)
 def takes_no_rows_or_refuses(subject: Subject) -> None:
-    """With zero rows it gives empty outputs of the right form, or refuses with reasons."""
+    """With zero rows it returns empty outputs of the right shape and dtype, or refuses with reasons."""
     device, sizes = here(subject)
     plain = example(subject, device, sizes[0])
     n = int(plain.inputs["x"].shape[-1])
     compare_each(subject, ((resized(subject.pattern, plain, shape), Values()) for shape in ((0, n), (2, 0, n))))
 
 
-importlib.import_module("fusion_core.testing.checks_of_sizes")  # registers its own behind these
+for _more in ("checks_of_sizes", "checks_of_workspaces"):  # they register their checks after these
+    importlib.import_module(f"fusion_core.testing.{_more}")
 CHECKS: tuple[Check, ...] = tuple(_CHECKS)
-"""All promises; those that need no device first."""
+"""All checks; those that need no device come first."""

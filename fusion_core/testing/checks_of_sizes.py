@@ -1,4 +1,4 @@
-"""Promises about the sizes that users have: large ones, those at a declared bound, and every number of ranks."""
+"""Checks at the sizes that users have: large ones, those at a declared bound, and every world size."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fusion_core.testing.checking import compare_each, example, here
 from fusion_core.testing.subject import Subject
 
 LARGE = ((1025, 64), (8192, 64), (3, 8192), (2, 16384))
-"""Rows and hidden sizes of the large examples; the strategy's own hidden size where it does not take these 64."""
+"""Rows and hidden sizes of the large examples. If a strategy refuses a hidden size of 64, its example's is used."""
 MOST = 1 << 22
-"""Elements of x beyond which a bound is not run: the float64 oracle takes minutes there."""
+"""The most elements of x for a site at a bound: beyond that the float64 oracle takes minutes."""
 
 
 @check(needs_device=True)
 def is_right_at_large_sizes_and_at_its_bounds(subject: Subject) -> None:
-    """With many rows, wide ones, and at each bound that it declares it is right, or it refuses with reasons."""
+    """It is correct with many rows, with wide rows and at each bound that it declares, or refuses with reasons."""
     device, sizes = here(subject)
     plain = example(subject, device, sizes[0])
     found = {describe(site): site for site in (*_large(subject, plain), *_at_bounds(subject, plain))}
@@ -32,7 +32,7 @@ def is_right_at_large_sizes_and_at_its_bounds(subject: Subject) -> None:
 
 @check(needs_device=True)
 def is_right_at_every_world_size(subject: Subject) -> None:
-    """At every world size that it takes, and that this machine can run, it is right."""
+    """It is correct at every world size that it accepts and this machine can run."""
     device, _ = here(subject)
     found = (example(subject, device, size) for size in pools.every_world_size(subject, device.type))
     compare_each(subject, ((site, Values(seed=3)) for site in found))
@@ -52,7 +52,7 @@ def _large(subject: Subject, plain: Site) -> Iterator[Site]:
 
 
 def _at_bounds(subject: Subject, plain: Site) -> Iterator[Site]:
-    """Sites of other sizes just inside of each requirement."""
+    """Sites of other sizes just inside each requirement."""
     for requirement in subject.requirements:
         for variant in sides(requirement, plain).met:
             if (variant.device, variant.world_size) != (plain.device, plain.world_size) or has_run_time_sizes(variant):

@@ -1,4 +1,4 @@
-"""What workers do to see a strategy in a compiled graph. Imports no test library."""
+"""The workers' job that compiles a graph with a strategy. Imports no test library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusion_core._inductor import CustomGraphPass, post_grad_only
+from fusion_core._torch.inductor import CustomGraphPass, post_grad_only
 from fusion_core.dispatch.by_tokens import strategy_of
 from fusion_core.emit.pairing import PROVENANCE, plan_of
 from fusion_core.fusion_pass import FusionPass
@@ -25,12 +25,12 @@ from fusion_core.testing.truncation import truncated, truncates
 
 @dataclass
 class Compiled:
-    """What became of a model that has the pattern, compiled.
+    """The result of compiling a model that contains the pattern.
 
     Attributes:
-        site: What the pass says of it.
-        targets: Operators of the graph that came from the strategy.
-        outcome: The results, judged like any other.
+        site: The pass's report of the site.
+        targets: Operators in the graph that came from the strategy.
+        outcome: The results, compared with the oracle.
     """
 
     site: SiteReport | None
@@ -39,7 +39,7 @@ class Compiled:
 
 
 def compile_it(subject: Subject, site: Site, values: Values) -> Compiled:
-    """Compile the pattern's own definition, up to Inductor's post-grad graph, with this strategy alone."""
+    """Compile the pattern's own definition up to Inductor's post-grad graph, with only this strategy."""
     group = dist.group.WORLD.group_name  # type: ignore[union-attr]
     pattern = subject.pattern
     look = _Look(FusionPass(registry=subject.alone()))
@@ -50,7 +50,7 @@ def compile_it(subject: Subject, site: Site, values: Values) -> Compiled:
         results = dict(zip(pattern.outputs, returned if isinstance(returned, tuple) else (returned,), strict=True))
         return tuple(results[name] for name in site.outputs)
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.no_grad():
         returned = torch.compile(model, backend=post_grad_only(look), fullgraph=True)(**given)
     outcome = Outcome()
@@ -64,7 +64,7 @@ def compile_it(subject: Subject, site: Site, values: Values) -> Compiled:
 
 
 def operators(node: torch.fx.Node) -> list[str]:
-    """The operators that a node is or, in a group of several ranks, runs."""
+    """The operators of the kernels that a node runs; its own operator if it runs none."""
     if (plan := plan_of(node)) is None:
         return [str(node.target)]
     kernels = [name for _, name in plan.paths if name is not None]
@@ -72,7 +72,7 @@ def operators(node: torch.fx.Node) -> list[str]:
 
 
 class _Look(CustomGraphPass):
-    """The pass, and a look at what it left."""
+    """Runs the pass and records the operators that it inserted."""
 
     def __init__(self, own: FusionPass) -> None:
         self.own = own

@@ -1,4 +1,4 @@
-"""Hypothesis strategies over sites of a pattern, on both sides of what a strategy requires, and over their numbers."""
+"""Hypothesis strategies for sites of a pattern, on both sides of a strategy's requirements, and for tensor values."""
 
 from __future__ import annotations
 
@@ -33,15 +33,18 @@ HIDDEN_SIZES = (8, 64, 1, 3, 16, 20, 32, 96, 100, 128, 256)
 EPSILONS = st.floats(math.log(1e-12), math.log(1e-1)).map(math.exp)
 SCALARS: dict[str, st.SearchStrategy[Any]] = {
     "eps": EPSILONS,
+    "post_eps": EPSILONS,
     "weight_bias": st.sampled_from((0.0, 1.0, 0.5, -0.25)),
+    "post_weight_bias": st.sampled_from((0.0, 1.0, 0.5, -0.25)),
     "norm_dtype": st.sampled_from((None, *FLOATS)),
+    "post_norm_dtype": st.sampled_from((None, *FLOATS)),
     "residual_dtype": st.sampled_from((None, *FLOATS)),
     "group_size": st.sampled_from((8, 16, 32, 64, 128)),
     "fp8_dtype": st.sampled_from((torch.float8_e4m3fn, torch.float8_e4m3fnuz)),
     "fp8_max": st.sampled_from((None, 224.0)),
     "min_scale": st.sampled_from((None, 0.0)),
 }
-"""Values of scalar parameters by name; those of a ``Literal`` type are read off it, others keep their default."""
+"""Values of scalar parameters by name. A parameter of a ``Literal`` type takes its values, others their default."""
 
 
 @st.composite
@@ -56,16 +59,16 @@ def draw_site(
 ) -> Site:
     """Sites of a pattern, each consistent with its definition.
 
-    Shapes of one to four dimensions, zero rows and odd sizes among them, layouts, dtypes of each tensor, optional
-    tensors absent, scalars, live outputs. Simplest first, as hypothesis shrinks.
+    They vary in shape (one to four dimensions, including zero rows and odd sizes), layout, dtype per tensor, optional
+    tensors, scalars and live outputs. Simple values come first, since hypothesis shrinks towards them.
 
     Args:
         draw: Given by hypothesis.
         pattern: The pattern.
-        strategy: Whose requirements are met by the greater part, and just missed by the rest; None for any site.
-        device: Of all sites.
+        strategy: Most sites meet its requirements, the others just miss one; None for any site.
+        device: The device of all sites.
         world_sizes: Numbers of ranks.
-        accepted: True for sites alone that the strategy can run.
+        accepted: True for only those sites that the strategy can run.
     """
     base = example_site(pattern, strategy, device=device, world_size=world_sizes[0])
     attributes = {name: draw(_scalar(pattern, pattern.parameters[name])) for name in pattern.scalars}
@@ -110,11 +113,11 @@ def draw_site(
     try:
         return fitted(pattern, base, variant)
     except Impossible:
-        return site  # as it was drawn: it may miss any number of requirements, or none
+        return site  # unchanged: it may miss any number of requirements, or none
 
 
 def _outside(pattern: Pattern, base: Site, requirement: Requirement) -> tuple[Site, ...]:
-    """Variants of a site that miss a requirement, with outputs that the pattern has."""
+    """Variants of a site that miss a requirement, with only outputs of the pattern."""
     if isinstance(requirement, LiveOutputs):
         others = [name for name in pattern.outputs if name not in requirement.outputs]
         x = base.inputs["x"]
@@ -126,13 +129,13 @@ def _outside(pattern: Pattern, base: Site, requirement: Requirement) -> tuple[Si
 
 
 def _all_of(base: Site, dtype: torch.dtype) -> Site:
-    """The site with every tensor but scales in one dtype."""
+    """The site with every tensor except scales in one dtype."""
     inputs = {name: meta if name in SCALES else replace(meta, dtype=dtype) for name, meta in base.inputs.items()}
     return replace(base, inputs=inputs)
 
 
 def _sizes(pattern: Pattern, base: Site, attributes: dict[str, Any]) -> list[int]:
-    """Hidden sizes that the definition takes with these scalars."""
+    """Hidden sizes that the definition accepts with these scalars."""
     result = []
     for size in (*HIDDEN_SIZES, int(base.inputs["x"].shape[-1])):
         try:
@@ -144,7 +147,7 @@ def _sizes(pattern: Pattern, base: Site, attributes: dict[str, Any]) -> list[int
 
 
 def _scalar(pattern: Pattern, parameter: Parameter) -> st.SearchStrategy[Any]:
-    """Values of a scalar parameter; ``...`` for that of the example."""
+    """Values of a scalar parameter; ``...`` means the example's value."""
     if parameter.name in SCALARS:
         return SCALARS[parameter.name]
     hint = typing.get_type_hints(pattern.function)[parameter.name]
@@ -155,12 +158,12 @@ def _scalar(pattern: Pattern, parameter: Parameter) -> st.SearchStrategy[Any]:
 
 @st.composite
 def draw_tensors(draw: st.DrawFn, site: Site, *, non_finite: bool = True) -> Values:
-    """What the tensors of a site hold, adversarial rows among it; `build_tensors` makes them of it.
+    """The values of a site's tensors, including adversarial rows; `build_tensors` makes the tensors.
 
     Args:
         draw: Given by hypothesis.
         site: The site.
-        non_finite: Whether rows may hold infinities and NaN.
+        non_finite: Whether rows may contain infinities and NaN.
     """
     kinds = ROWS if non_finite else tuple(kind for kind in ROWS if kind not in ("inf", "-inf", "nan"))
     return Values(

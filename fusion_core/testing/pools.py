@@ -1,4 +1,4 @@
-"""Worker pools that live as long as this process, and which world sizes it can have."""
+"""Worker pools that live as long as this process, and the world sizes that they can have."""
 
 from __future__ import annotations
 
@@ -17,36 +17,44 @@ from fusion_core.workers import WorkerPool
 
 T = TypeVar("T")
 
+PRELOAD = ("fusion_core.testing.compiled", "fusion_core.testing.faulty", "torch._inductor.compile_fx")
+"""What the kit's workers import. It starts some fifteen for a strategy, each of which would spend 6 s of CPU on it."""
 TIMEOUT = 300.0
-"""Seconds that one call may take: a first one may build kernels."""
+"""Seconds that one call may take: the first one may build kernels."""
 USUAL = (2, 1, 3)
-"""World sizes to test at, the usual one first."""
+"""World sizes to test, the usual one first."""
 THOROUGH = 1000
-"""From so many examples on, also at the largest world size that a strategy takes."""
+"""With at least this many examples, the largest world size that a strategy accepts is tested too."""
 
 
 @functools.cache
 def pool(world_size: int, device_type: str) -> WorkerPool:
-    """The pool of so many processes, with the collectives of a kind of device."""
-    return WorkerPool(world_size, backend="nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
+    """The pool of ``world_size`` processes, with the collectives for a type of device."""
+    return new_pool(world_size, device_type, TIMEOUT)
+
+
+def new_pool(world_size: int, device_type: str, timeout: float) -> WorkerPool:
+    """A pool whose processes nobody else uses."""
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    return WorkerPool(world_size, backend=backend, timeout=timeout, preload=PRELOAD)
 
 
 def run(site: Site, function: Callable[..., T], subject: Subject, *args: Any) -> list[T]:
-    """Call a job on every rank that a site has.
+    """Call a job on every rank of a site.
 
     Raises:
-        WorkerError: where a rank raises, dies or does not answer in time; new workers start with the next call.
+        WorkerError: if a rank raises, dies or does not answer in time; new workers start with the next call.
     """
     return pool(site.world_size, site.device.type).run(function, subject, site, *args)
 
 
 def most_ranks(device_type: str) -> int:
-    """The greatest world size that this machine can have."""
+    """The largest world size that this machine can run."""
     return torch.cuda.device_count() if device_type == "cuda" else 8
 
 
 def world_sizes(subject: Subject, device_type: str) -> tuple[int, ...]:
-    """The world sizes at which a strategy is tested here, the usual one first; empty where there is none."""
+    """The world sizes at which a strategy is tested here, the usual one first; empty if there is none."""
     allowed = [r.sizes for r in subject.requirements if isinstance(r, WorldSize)]
     most = most_ranks(device_type)
 
@@ -55,7 +63,7 @@ def world_sizes(subject: Subject, device_type: str) -> tuple[int, ...]:
 
     every = fit(sorted({size for each in allowed for size in each}))
     found = fit(USUAL) or every[:1]
-    if len(found) == 1:  # kernels for 2, 4 and 8 ranks are written apart
+    if len(found) == 1:  # kernels for 2, 4 and 8 ranks are separate code
         found += every[1:2]
     if every and hypothesis.settings().max_examples >= THOROUGH:
         found += every[-1:]
@@ -63,7 +71,7 @@ def world_sizes(subject: Subject, device_type: str) -> tuple[int, ...]:
 
 
 def every_world_size(subject: Subject, device_type: str) -> tuple[int, ...]:
-    """The world sizes that a strategy takes and this machine can run, the largest last; on CPUs at least to 4 ranks."""
+    """The world sizes that a strategy accepts and this machine can run, ascending; CPUs run at least 4 ranks."""
     allowed = [r.sizes for r in subject.requirements if isinstance(r, WorldSize)]
     most = most_ranks(device_type) if device_type == "cuda" else min(max(4, os.cpu_count() or 4), most_ranks("cpu"))
     taken = [size for size in range(1, most + 1) if all(size in each for each in allowed)]

@@ -1,4 +1,4 @@
-"""The strategy under test, by names: what a check gets, and what workers find it by."""
+"""The strategy under test, identified by names, so that workers can load it too."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Subject:
     Attributes:
         backend: The backend's name.
         name: The strategy's name, ``"<backend>.<something>"``.
-        entry_point: What an entry point of that name would say (``"package.module:object"``), for a backend that is
-            not installed; None for an installed one.
-        examples: How many generated examples a check runs at most; None for hypothesis's profile.
+        entry_point: The value of its entry point (``"package.module:object"``), for a backend that is not installed;
+            None for an installed one.
+        examples: The number of generated examples per check; None for that of hypothesis's profile.
     """
 
     backend: str
@@ -38,7 +38,7 @@ class Subject:
 
     @property
     def registry(self) -> Registry:
-        """A registry of this backend alone."""
+        """A registry with only this backend."""
         return load(self.backend, self.entry_point)
 
     @property
@@ -53,11 +53,11 @@ class Subject:
 
     @property
     def requirements(self) -> tuple[Requirement, ...]:
-        """All that makes it correct, said and implied."""
+        """All conditions for its correctness, declared and implied."""
         return (*self.strategy.implied(self.pattern), *self.strategy.requires)
 
     def alone(self) -> Registry:
-        """A registry in which it is the only strategy, fast or not, its option on."""
+        """A registry with only this strategy, without its ``worthwhile`` conditions and its option."""
         backend = self.registry.backends[self.backend]
         only = replace(backend, strategies=(replace(self.strategy, worthwhile=(), option=None),))
         return replace(self.registry, backends={self.backend: only})
@@ -68,13 +68,13 @@ class Subject:
 
 @functools.cache
 def load(backend: str, entry_point: str | None = None) -> Registry:
-    """A registry of one backend, and the module ``testing`` of its package imported where there is one.
+    """A registry with one backend; imports the module ``testing`` of its package if there is one.
 
     Raises:
-        BackendError: where it is not installed or does not load, with the reason; or its module ``testing`` does not.
+        BackendError: if the backend is not installed or does not load, or its module ``testing`` does not load.
     """
-    # the kit's FUSION_CORE_STRICT is about skips, not about other plugins that happen to be broken here; the options
-    # of FUSION_CORE_OPTIONS may be those of backends that are not here; and what is fast here is another matter
+    # For the kit, FUSION_CORE_STRICT concerns skips, not other plugins that may be broken here. FUSION_CORE_OPTIONS may
+    # name options of other backends. A table concerns speed, which the kit does not check.
     config = FusionConfig(order=(backend,), strict=False, options=(), table="none", numerics="default")
     if entry_point is None:
         registry = Registry.load(config)
@@ -86,7 +86,7 @@ def load(backend: str, entry_point: str | None = None) -> Registry:
 
 
 def _import_testing(backend: str, plugin: Any) -> None:
-    """Import ``<package>.testing`` beside a plugin, where it says the sides of requirements of its own."""
+    """Import the plugin's ``<package>.testing``, where it registers the sides of its own requirements."""
     module = plugin if isinstance(plugin, ModuleType) else sys.modules.get(type(plugin).__module__)
     package = getattr(module, "__package__", None)
     if not package or package.partition(".")[0] == "fusion_core":
@@ -100,12 +100,12 @@ def _import_testing(backend: str, plugin: Any) -> None:
 
 
 def subjects(backend: str, entry_point: str | None = None, examples: int | None = None) -> tuple[Subject, ...]:
-    """Every strategy of a backend, but those behind an option that ``FUSION_CORE_OPTIONS`` does not switch on.
+    """Every strategy of a backend, except those with an option that ``FUSION_CORE_OPTIONS`` does not switch on.
 
-    What a user must ask for may do what must not be done on every machine.
+    A strategy with an option may do things that are not safe on every machine.
 
     Raises:
-        BackendError: where it is not installed or does not load, with the reason.
+        BackendError: if the backend is not installed or does not load, with the reason.
     """
     config = FusionConfig()
     strategies = [s for s in load(backend, entry_point).backends[backend].strategies if not s.switched_off(config)]

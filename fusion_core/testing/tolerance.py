@@ -1,30 +1,30 @@
-"""How far a result may be from the float64 oracle. It belongs to the pattern: no backend marks its own exam.
+"""The largest error that a result may have against the float64 oracle. It depends on the pattern, not the backend.
 
-The bound is measured, not chosen: the pattern's own definition, run unfused in the given dtypes on the same group, is
-off by so much; a fused result may be off by 1.5 times that (the project's factor for "never a different answer"), and
-by what right spellings of one computation differ in:
+The bound is measured, not chosen. The pattern's own definition runs unfused in the given dtypes on the same group. A
+fused result may have 1.5 times its error (the project's factor for "never a different answer"), plus the differences
+between correct spellings of one computation:
 
-- one rounding in the output's dtype, of the row's largest value, for rounding at another place;
-- four roundings in float32, in which a norm is computed, for another order of its sum;
-- where a quantisation alone reads the norm, one rounding of it in x's dtype: kernels quantise the norm as they would
-  have given it, also where the model leaves it in float32;
-- one smallest normal number of the output's dtype, since GPUs flush what is below.
+- one rounding in the output's dtype, of the row's largest value, as a value may be rounded at another step;
+- four roundings in float32, in which a norm is computed, as its sum may have another order;
+- if only a quantisation reads the norm, one rounding of the norm in x's dtype: kernels quantise the norm as they would
+  have returned it, even if the model keeps it in float32;
+- one smallest normal number of the output's dtype, since GPUs flush subnormal numbers.
 
-A scale that stands at the quantisation's floor is judged by its codes alone, up to a floor of 1e-5: such a one is there
-to keep a division finite, and kernels with another or none write another scale that means the same.
+A scale at the quantisation's floor is judged only by its codes, if the floor is at most 1e-5. Such a floor only keeps a
+division finite, and kernels with another floor, or none, write another scale with the same meaning.
 
-A row's own error may be small by luck, and where thousands of rows are compared, some is. So the definition's error in
-a row is at least the largest that it has in any row, in units of that row's largest value, but at most one rounding for
-each step of the chain: a row in which values cancel loosens no other.
+A row's own error may be small by luck, and among thousands of rows some are. So the definition's error in a row counts
+as at least the largest that it has in any row, in units of that row's largest value. That share is at most one rounding
+per step of the chain, so a row in which values cancel does not loosen the others' bounds.
 
-The definition's error is the largest over the runs that it is given: with the ranks in every cyclic order, as the
-vocabulary leaves the order of the sum to the process group, and with subnormal inputs flushed. On a GPU whose kernels
-truncate where others round to the nearest (`fusion_core.testing.truncation`), one more run truncates. That is a weaker
-promise than elsewhere, and such a backend's documentation has to say so.
+The definition's error is the largest over its runs: with the ranks in every cyclic order, since the vocabulary leaves
+the order of the sum to the process group, and with subnormal inputs flushed. On a GPU whose kernels truncate instead of
+rounding to nearest (`fusion_core.testing.truncation`), one more run truncates. That is a weaker guarantee than
+elsewhere, and such a backend's documentation has to state it.
 
-Each row is judged by itself, so that a huge row hides no other; not each element, because rounding before the weight
-or behind it differs by more than that in small elements. A row in which the definition is not finite allows
-anything, and what it does to other rows is judged there.
+Each row is judged by itself, so that a huge row does not hide errors in others. Elements are not judged one by one:
+rounding before or after the weight changes small elements by more than the bound. A row in which the definition is not
+finite allows any result; its effect on other rows is judged there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from fusion_core.vocabulary.operation import Step, Symbol
 
 FACTOR = 1.5
 LARGEST_FLOOR = 1e-5
-"""Of a dynamic FP8 scale that only keeps a division finite; those in use reach from 0 to 1 / (512 * 240)."""
+"""The largest floor of a dynamic FP8 scale that only keeps a division finite; those in use are 0 to 1 / (512 * 240)."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Results = Mapping[str, Tensor]
@@ -51,13 +51,13 @@ Results = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Excess:
-    """The worst row of one output: its error, and the error that it may have.
+    """The worst row of one output: its error and its bound.
 
     Attributes:
         output: The output's name; ``"quantized, dequantised"`` for codes.
-        row: The row's index, all leading dimensions flattened.
+        row: The row's index, with all leading dimensions flattened.
         error: The largest difference from the oracle in that row.
-        bound: What it may be.
+        bound: The largest error allowed.
     """
 
     output: str
@@ -81,15 +81,15 @@ def excess(
 ) -> list[Excess]:
     """The worst row of each output that can be compared.
 
-    Codes of a quantisation are compared by what they mean together with their scales; scales in another format than
-    float32 by that alone.
+    Codes of a quantisation are dequantised with their scales and then compared. Scales in a format other than float32
+    are compared only in this way.
 
     Args:
         pattern: The pattern.
         names: The outputs to compare.
-        result: What was computed, by output; codes need their scales beside them.
-        definitions: What the definition computes in the given dtypes, in its several runs.
-        oracle: What it computes in float64.
+        result: The results by output; codes need their scales too.
+        definitions: The definition's results in the given dtypes, one entry per run.
+        oracle: The definition's results in float64.
         arguments: The pattern's tensors and scalars.
     """
     found = []
@@ -132,13 +132,13 @@ def _worst(
     """The row with the largest error in units of its bound.
 
     Args:
-        name: For the message.
-        result: What was computed.
+        name: The output's name, for the message.
+        result: The result.
         definitions: The definition's results.
         oracle: The exact values.
         roundings: Dtypes in each of which the row's largest value may be rounded once more.
-        steps: How many steps of the chain lead to it.
-        more: A part of the row's largest value that may be added: one step of a code.
+        steps: The number of steps of the chain up to this output.
+        more: An additional share of the row's largest value: one step of a code.
     """
     if oracle.numel() == 0:
         return Excess(name, 0, 0.0, 0.0)
@@ -159,10 +159,11 @@ def _worst(
 
 
 def _code_step(step: Step, arguments: Mapping[str, Any]) -> float:
-    """One step of a code at a row's largest value, where scales are themselves rounded coarsely.
+    """One step of a code at a row's largest value, if scales are themselves rounded coarsely; else 0.
 
-    A scale that is a power of two doubles where its maximum crosses one, which a last bit of the norm decides; an E4M3
-    scale likewise moves by one step. With float32 scales a code only differs at a tie, where both are as far off.
+    A power-of-two scale doubles when the row's maximum crosses a power of two, which the last bit of the norm may
+    decide. An E4M3 scale moves by one step likewise. With float32 scales a code differs only at a tie, where both codes
+    have the same error.
     """
     if step.operation.name in ("quantize_nvfp4", "quantize_mxfp4"):
         return 1 / 3  # from 4 to 6
@@ -171,7 +172,7 @@ def _code_step(step: Step, arguments: Mapping[str, Any]) -> float:
 
 
 def _floor(arguments: Mapping[str, Any]) -> float:
-    """The least scale of a dynamic FP8 quantisation; 0 where it has none, or one that is there to be seen."""
+    """The floor of a dynamic FP8 scale if it only keeps a division finite; 0 for a larger floor or none."""
     given = arguments.get("min_scale")
     if given is None:
         largest = arguments.get("fp8_max") or torch.finfo(arguments.get("fp8_dtype", torch.float8_e4m3fn)).max
@@ -188,12 +189,12 @@ def _step(pattern: Pattern, name: str) -> Step | None:
 
 
 def _name(pattern: Pattern, symbol: Any) -> str:
-    """The output that a symbol is; empty where it is none."""
+    """The name of the output that a symbol is; empty if it is no output."""
     return next((name for name, value in zip(pattern.outputs, pattern.values, strict=True) if value is symbol), "")
 
 
 def _resolved(pattern: Pattern, step: Step, results: Results, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The operands of a quantisation that are known, and its results, by the names that the word gives them."""
+    """The known operands of a quantisation and its results, by the operation's own names."""
     values: dict[str, Any] = {}
     for name, operand in step.operands.items():
         if not isinstance(operand, Symbol):
@@ -216,4 +217,4 @@ DEQUANTIZE: dict[str, Callable[[Mapping[str, Any]], Tensor]] = {
     ),
     "quantize_mxfp4": lambda v: dequantize_mxfp4(v["quantized"], v["scale"], dtype=torch.float64),
 }
-"""What the codes of each quantising word mean, in float64."""
+"""Quantising operation → its dequantisation in float64."""

@@ -1,4 +1,4 @@
-"""A pattern's definition as it comes out where conversions truncate instead of rounding to the nearest."""
+"""A pattern's definition with conversions that truncate instead of rounding to nearest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusion_core.site import Site
 from fusion_core.vocabulary.operation import Symbol
 
 TRUNCATING = {"gfx942": torch.bfloat16}
-"""Architecture → the dtype to which its conversion truncates: AMD's kernels there convert by hand (aiter#5151)."""
+"""Architecture → the dtype to which conversions truncate there: AMD's kernels convert by hand (aiter#5151)."""
 
 
 def truncates(site: Site) -> bool:
@@ -22,11 +22,11 @@ def truncates(site: Site) -> bool:
 
 
 def truncated(pattern: Pattern, site: Site, given: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
-    """The definition in float32, each value but codes and scales truncated to x's dtype when it is computed.
+    """The definition in float32, with each computed value except codes and scales truncated to x's dtype.
 
     Args:
         pattern: The pattern.
-        site: Says the scalars.
+        site: The site, for its scalars.
         given: The pattern's tensors by name.
         group: The process group's name.
     """
@@ -61,6 +61,6 @@ def _default(pattern: Pattern, operand: Symbol) -> Any:
 
 
 def _truncate(value: Tensor) -> Tensor:
-    """Float32 values without the bits that bfloat16 has no place for."""
+    """Float32 values without the bits that bfloat16 lacks."""
     bits = value.contiguous().view(torch.int32)
     return torch.where(value.isnan(), value, (bits & -65536).view(torch.float32))

@@ -1,1 +1,1 @@
-"""Measures strategies, and makes tables."""
+"""Measures strategies and builds tables from the times."""

@@ -1,13 +1,11 @@
-"""Which path is the fastest where, of a table: as ranges of token counts, as text and as panels of a plot."""
+"""The fastest path at each token count of a table, as ranges."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fusion_core.dispatch.path import BARE
-from fusion_core.plotting import Bar, Line, Panel, bars
 from fusion_core.tables.schema import UNFUSED
 from fusion_core.tables.table import Row, Table
 
@@ -21,12 +19,12 @@ class Range:
 
     Attributes:
         pattern: The pattern.
-        dtype: Of x.
+        dtype: The dtype of x.
         hidden: The hidden size.
-        first: The least of the token counts.
-        last: The most.
+        first: The lowest of the token counts.
+        last: The highest.
         path: `UNFUSED`, or the strategy's name.
-        us: Its microseconds at the two.
+        us: Its microseconds at ``first`` and ``last``.
         unfused: Those of the unfused path.
     """
 
@@ -41,7 +39,7 @@ class Range:
 
     @property
     def gains(self) -> tuple[float, float]:
-        """How many times as fast as the unfused path it is at the two."""
+        """Its speed-up over the unfused path at ``first`` and ``last``."""
         return self.unfused[0] / self.us[0], self.unfused[1] / self.us[1]
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,7 +58,7 @@ class Range:
 
 
 def series(table: Table) -> dict[Series, list[Row]]:
-    """The rows of each pattern, dtype and hidden size in rising order of tokens; in the table's order otherwise."""
+    """The rows of each pattern, dtype and hidden size, sorted by tokens; the groups are in the table's order."""
     found: dict[Series, list[Row]] = {}
     for row in table.rows:
         found.setdefault((row.pattern, row.dtype, row.hidden), []).append(row)
@@ -68,12 +66,12 @@ def series(table: Table) -> dict[Series, list[Row]]:
 
 
 def fastest(us: Mapping[str, float]) -> str:
-    """The path that takes least; of several that take the same the unfused one, then by name."""
+    """The path with the least time; at a tie the unfused one, then the first by name."""
     return min(us, key=lambda name: (us[name], name != UNFUSED, name))
 
 
 def crossovers(table: Table) -> tuple[Range, ...]:
-    """Where one path takes over from another as tokens grow, at the measured points.
+    """The ranges of measured token counts between which the fastest path changes.
 
     Example:
         >>> from fusion_core.tables import Machine
@@ -100,46 +98,3 @@ def crossovers(table: Table) -> tuple[Range, ...]:
             )
             start = place + 1
     return tuple(found)
-
-
-def drawing(rows: Iterable[Row], *, ascii_only: bool) -> str:
-    """A bar for each token count: how many times as fast as the unfused path the fastest one is."""
-    lines = []
-    for row in rows:
-        path = fastest(row.us)
-        gain = row.us[UNFUSED] / row.us[path]
-        times = "x" if ascii_only else "×"
-        lines.append(Bar(str(row.tokens), gain, gain, gain, f"{gain:.2f}{times} {row.us[path]:.1f} us {path}"))
-    return bars(lines, 1.0, ascii_only=ascii_only, width=40)
-
-
-def panels(table: Table) -> list[Panel]:
-    """All paths of each pattern and hidden size over tokens, as times as fast as the unfused path."""
-    found = []
-    every = series(table)
-    # the same lines in each panel, so that one path has one colour
-    labels = dict.fromkeys(
-        _short(name, pattern)
-        for (pattern, _, _), rows in every.items()
-        for row in rows
-        for name in row.us
-        if name != UNFUSED
-    )
-    for (pattern, dtype, hidden), rows in every.items():
-        points: dict[str, list[tuple[float, float]]] = {label: [] for label in labels}
-        for row in rows:
-            for name, us in row.us.items():
-                if name != UNFUSED:
-                    points[_short(name, pattern)].append((row.tokens, row.us[UNFUSED] / us))
-        lines = [Line(label, of) for label, of in points.items()]
-        title = f"{pattern}\n{dtype}, hidden {hidden}"
-        found.append(Panel(title, "tokens", "times as fast as unfused", lines, base=1.0))
-    return found
-
-
-def _short(name: str, pattern: str) -> str:
-    """A strategy's name without the pattern that it is for: one line for each way over all panels."""
-    backend, _, rest = name.partition(".")
-    if pattern == BARE or not f"{rest}_".startswith(f"{pattern}_"):
-        return name
-    return " ".join(filter(None, (backend, "fused", rest[len(pattern) :].strip("_"))))

@@ -1,9 +1,9 @@
-"""What each way to run one place takes, beside the unfused path, at one size.
+"""Measures the time of every path at one site and one size, the unfused path included.
 
-A run is a chain of sites. Before each the device's caches are flushed, as the weights between two sites of a model do,
-and a producer, one kernel, writes x anew, as a model's matrix product does: so the unfused path may reduce x in place,
-as Inductor does with a buffer of its graph, and no path pays for a copy that another is spared. A run of flushes and
-producers alone is timed too, and taken off. What a site adds to the residual is the next site's residual.
+A run is a chain of sites. Before each site the device's caches are flushed, as the weights between two sites of a model
+would do, and a producer, one kernel, writes x again, as a model's matrix product does. So the unfused path may reduce x
+in place, as Inductor does with a buffer of its graph, and no path pays for a copy that another avoids. A run of flushes
+and producers alone is timed too, and its time is subtracted. A site's sum is the residual of the next site.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ import torch
 from torch import Tensor
 
 from fusion_core.errors import FusionError
+from fusion_core.fallback import fallen_back
 from fusion_core.patterns.definition import Pattern
-from fusion_core.run_time import fallen_back
 from fusion_core.site import Site
 from fusion_core.tables.schema import LEAST_US, UNFUSED
-from fusion_core.tune.clocks import Clock, Run
 from fusion_core.tune.plan import Column, Form, Plan, tensors
-from fusion_core.tune.ranks import Ranks, said
+from fusion_core.tune.ranks import Ranks, message_of
+from fusion_core.tune.timers import Run, Timer
 from fusion_core.vocabulary.operation import Symbol
 
 PRODUCER = "producer"
 MOST_DIFFERENCE = 0.05
-"""Mean distance to the unfused path's results, as a share of their mean magnitude: roundings stay far below."""
+"""Largest mean error against the unfused path's results, as a share of their mean magnitude: far above rounding."""
 ROWS = 64
-"""Of a result that are compared, from the first to the last."""
+"""Rows of a result that are compared, evenly spaced."""
 COPIES = 16
-"""Tensors of x's size that a point may take at once, all paths together."""
+"""The most tensors of x's size that a point may need at once, over all paths."""
 SETTLED = 1024
-"""Tokens with which compiled code runs first: it picks its own kernel's configuration then, once for all sizes, and
-with few tokens all of them look alike."""
+"""Tokens of the first run of compiled code. It then picks its kernel's configuration, once for all sizes; with few
+tokens all configurations take the same time."""
 
 Call = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One point.
+    """The times of one point: a pattern, a hidden size and a token count.
 
     Attributes:
-        us: Names of paths → microseconds a site. Empty where the unfused path did not run.
-        notes: Names of paths that have no figure → why; `UNFUSED` where the whole point has none.
+        us: Names of paths → microseconds per site. Empty if the unfused path did not run.
+        notes: Names of paths without a time → the reason; `UNFUSED` if the whole point has none.
     """
 
     us: dict[str, float] = field(default_factory=dict)
@@ -59,14 +59,14 @@ class Bench:
     Args:
         plan: The paths.
         ranks: The ranks.
-        clock: Of their devices.
-        most_tokens: The most tokens of all points to come.
+        timer: The timer for their devices.
+        most_tokens: The largest token count that will be measured.
     """
 
-    def __init__(self, plan: Plan, ranks: Ranks, clock: Clock, most_tokens: int) -> None:
+    def __init__(self, plan: Plan, ranks: Ranks, timer: Timer, most_tokens: int) -> None:
         self._plan = plan
         self._ranks = ranks
-        self._clock = clock
+        self._timer = timer
         self._settled = min(most_tokens, SETTLED)
         self._warm: set[tuple[Form, str, int]] = set()
 
@@ -78,21 +78,21 @@ class Bench:
         without: Collection[str] = (),
         whole: Mapping[str, Call] = MappingProxyType({}),
     ) -> Measured:
-        """One point.
+        """Measure one point.
 
         Args:
-            pattern: What stands at the place.
+            pattern: The site's pattern.
             hidden: Size of x's last dimension.
-            tokens: Its rows.
-            without: Names of paths that are left out.
-            whole: Other ways, by name, that write x themselves: from x's source, of which x is 1.0 times, and the
-                tensors beside x to the results of the unfused path's place.
+            tokens: Rows of x.
+            without: Names of paths to skip.
+            whole: More paths, by name, that write x themselves: functions from x's source (x is 1.0 times it) and the
+                other tensors to the results of the unfused path's site.
         """
         try:
             with torch.no_grad():
                 return self._measure(pattern, hidden, tokens, without, whole)
         finally:
-            self._clock.drop()
+            self._timer.drop()
 
     def _measure(
         self, pattern: Pattern, hidden: int, tokens: int, without: Collection[str], whole: Mapping[str, Call]
@@ -102,17 +102,17 @@ class Bench:
             return Measured({}, notes)
         main = columns[0][1]
         size = tokens * hidden * main.inputs["x"].dtype.itemsize
-        shortages = self._ranks.gather(self._clock.shortage(COPIES * size))
+        shortages = self._ranks.gather(self._timer.shortage(COPIES * size))
         for rank, shortage in enumerate(shortages):
             if shortage is not None:
                 return Measured({}, {UNFUSED: f"rank {rank}: {shortage}, needs {COPIES * size / 2**20:.0f} MiB"})
-        point = _Point(self._plan, self._ranks, self._clock, pattern, main)
+        point = _Point(self._plan, self._ranks, self._timer, pattern, main)
         for step in (partial(self._warm_up, pattern, columns, hidden), point.make):
             _, why = self._ranks.attempt(step)
             if why is not None:
                 return Measured({}, {UNFUSED: why})
         runs: dict[str, Run] = {}
-        sites = self._clock.sites(size)
+        sites = self._timer.sites(size)
         for column, site in columns:
             calls: list[Call] = []
             distance, why = self._ranks.attempt(partial(self._first, point, calls, column, site))
@@ -144,33 +144,33 @@ class Bench:
         times, failures = self._timed(runs, size, columns)
         notes |= failures
         for name in (PRODUCER, UNFUSED):
-            if name in notes:  # no other figure says anything then
+            if name in notes:  # without these two no other time means anything
                 return Measured({}, {UNFUSED: notes.pop(name), **notes})
         found = self._ranks.slowest(times)
         nothing = found.pop(PRODUCER)
-        # no path is faster than nothing: where the clock says so, it cannot tell
+        # no path takes less time than the producers alone: a smaller difference is the clock's noise
         us = {name: round(max((time - nothing) / sites, LEAST_US), 3) for name, time in found.items()}
         return Measured(us, notes)
 
     def _timed(
         self, runs: Mapping[str, Run], size: int, columns: Sequence[tuple[Column, Site]]
     ) -> tuple[dict[str, float], dict[str, str]]:
-        """The times of the runs that ran to the end on every rank, as what they are called; why the others did not."""
-        times, failures = self._clock.times(runs, size)
+        """The times of the runs that completed on every rank as what they claim to be, and the others' errors."""
+        times, failures = self._timer.times(runs, size)
         mine: dict[str, str] = {}
         for column, _ in columns:
             if column.name in times:
                 try:
                     self._check(column)
                 except RuntimeError as error:
-                    mine[column.name] = said(error)
+                    mine[column.name] = message_of(error)
         failures |= self._ranks.failed(mine)
         return {name: time for name, time in times.items() if name not in failures}, failures
 
     def _columns(
         self, pattern: Pattern, hidden: int, tokens: int, without: Collection[str]
     ) -> tuple[list[tuple[Column, Site]], dict[str, str]]:
-        """The paths that can run on every rank, each with its place, the unfused one first; why the others cannot."""
+        """The paths that can run on every rank, each with its site, the unfused one first; and the others' reasons."""
         usable: list[tuple[Column, Site]] = []
         mine: dict[str, str] = {}
         for column in self._plan.columns(pattern):
@@ -198,7 +198,7 @@ class Bench:
         return [(column, site) for column, site in usable if column.name not in notes], notes
 
     def _warm_up(self, pattern: Pattern, columns: Sequence[tuple[Column, Site]], hidden: int) -> float:
-        """Compile what follows the all_reduce, where that has not been done, and have it choose its kernel."""
+        """Compile the code after the all_reduce if that has not been done, and let it choose its kernel."""
         for form in dict.fromkeys(column.form for column, _ in columns):
             key = form, pattern.name, hidden
             if key in self._warm:
@@ -208,54 +208,54 @@ class Bench:
             if any(column.form == form and self._plan.path(column, pattern, site).needs_rest for column, _ in columns):
                 given = tensors(site, 0, self._plan.device)
                 rest(given["x"], [given[name] for name in rest.place.names])
-                self._clock.settle()
+                self._timer.settle()
             self._warm.add(key)
         return 0.0
 
     def _first(self, point: _Point, calls: list[Call], column: Column, site: Site) -> float:
-        """Run a path once, outside of any capture: what it makes and compiles it makes now. How far it is off.
+        """Run a path once outside of any capture, so that it allocates and compiles now; returns its error.
 
         The path is added to ``calls``.
         """
         call = point.call(column, site)
         calls.append(call)
         distance = point.compare(call, column)
-        self._clock.settle()
+        self._timer.settle()
         return distance
 
     def _record(self, runs: dict[str, Run], column: Column, run: Run) -> float:
-        runs[column.name] = self._clock.record(run)
+        runs[column.name] = self._timer.record(run)
         self._check(column)
         return 0.0
 
     def _first_whole(self, point: _Point, call: Call, main: Column) -> float:
         distance = point.compare(call, main, produces=True)
-        self._clock.settle()
+        self._timer.settle()
         return distance
 
     def _record_whole(self, runs: dict[str, Run], name: str, run: Run) -> float:
-        runs[name] = self._clock.record(run)
+        runs[name] = self._timer.record(run)
         return 0.0
 
     def _check(self, column: Column) -> None:
-        """Raise where what ran was not the strategy: its times would be those of the unfused path."""
+        """Raise if the strategy fell back: its times would be those of the unfused path."""
         if column.strategy is not None and (reasons := fallen_back(column.name, self._ranks.name)):
             raise RuntimeError(f"it runs unfused: {'; '.join(map(str, reasons))}")
 
 
 class _Point:
-    """The tensors of one point, and runs over them."""
+    """The tensors of one point, and the runs that use them."""
 
-    def __init__(self, plan: Plan, ranks: Ranks, clock: Clock, pattern: Pattern, site: Site) -> None:
+    def __init__(self, plan: Plan, ranks: Ranks, timer: Timer, pattern: Pattern, site: Site) -> None:
         self._plan = plan
         self._ranks = ranks
-        self._clock = clock
+        self._timer = timer
         self._pattern = pattern
         self._site = site
         self._references: dict[Form, list[Tensor]] = {}
 
     def make(self) -> float:
-        """Allocate; after this nothing of the point's own is allocated but results."""
+        """Allocate the tensors; after this the point allocates only results."""
         given = tensors(self._site, self._ranks.rank, self._plan.device)
         self._source = given.pop("x")
         self._x = torch.empty_like(self._source)
@@ -264,7 +264,7 @@ class _Point:
         return 0.0
 
     def produce(self) -> None:
-        """Write x anew."""
+        """Write x again."""
         torch.mul(self._source, 1.0, out=self._x)
 
     def call(self, column: Column, site: Site) -> Call:
@@ -275,7 +275,7 @@ class _Point:
         rest, group = path.rest, path.place.group
 
         def in_place(x: Tensor, others: Sequence[Tensor]) -> Sequence[Tensor]:
-            # also where the sum itself is handed out, which Path copies: Inductor does not
+            # in place even if the sum is a result: Path copies it then, Inductor does not
             torch.ops._c10d_functional.all_reduce_(x, "sum", group)
             torch.ops._c10d_functional.wait_tensor(x)
             return rest(x, others)
@@ -283,7 +283,7 @@ class _Point:
         return in_place
 
     def compare(self, call: Call, column: Column, produces: bool = False) -> float:
-        """How far a path's results are from the unfused path's at a place of its form."""
+        """The largest error of a path's results against those of the unfused path at a site of its form."""
         if column.form not in self._references and column.strategy is not None:
             place = self._plan.rest(self._pattern, column.form, self._site).place
             self.produce()
@@ -294,7 +294,7 @@ class _Point:
         return max(_distance(one, other) for one, other in zip(found, reference, strict=True))
 
     def chain(self, call: Call | None, form: Form, sites: int, produces: bool = False) -> Run:
-        """A run of sites; of their producers alone without a call, and without ours where the call writes x itself."""
+        """A run of sites: of producers alone if ``call`` is None, and without them if the call writes x itself."""
         carried = [
             (self._names.index(into), form.live.index(out))
             for into, out in _carried(self._pattern).items()
@@ -304,7 +304,7 @@ class _Point:
         def run() -> None:
             others = list(self._others)
             for _ in range(sites):
-                self._clock.flush()
+                self._timer.flush()
                 if not produces:
                     self.produce()
                 if call is None:
@@ -317,7 +317,7 @@ class _Point:
 
 
 def _carried(pattern: Pattern) -> dict[str, str]:
-    """What is added to the stream → the output that is the sum: a residual and the next site's."""
+    """The input that is added to the residual stream → the output that is the sum, the next site's residual."""
     found: dict[str, str] = {}
     for name, symbol in zip(pattern.outputs, pattern.values, strict=True):
         if symbol.step is not None and symbol.step.operation.commutative:
@@ -327,7 +327,7 @@ def _carried(pattern: Pattern) -> dict[str, str]:
 
 
 def _rows(result: Tensor) -> Tensor:
-    """A copy of some of the rows in float32: enough to see a wrong result, and little memory."""
+    """A copy of some rows in float32: enough to detect a wrong result, with little memory."""
     if result.dim() > 1 and result.shape[0] > ROWS:
         rows = torch.linspace(0, result.shape[0] - 1, ROWS, device=result.device).round().long()
         result = result[rows]
@@ -335,7 +335,7 @@ def _rows(result: Tensor) -> Tensor:
 
 
 def _distance(found: Tensor, reference: Tensor) -> float:
-    """Mean distance as a share of the mean magnitude; infinite for what is not finite, or has another shape."""
+    """Mean error as a share of the mean magnitude; infinite if a value is not finite or the shapes differ."""
     if found.shape != reference.shape or not bool(found.isfinite().all()):
         return float("inf")
     return float((found - reference).abs().mean() / reference.abs().mean().clamp(min=1e-30))

@@ -1,4 +1,4 @@
-"""What there is to measure: which patterns, which ways to run each, at which kind of place."""
+"""The measurements to make: the patterns, the paths of each, and the form of site at which each path is measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_core.dispatch.path import BARE, Path, Place, Rest
+from fusion_core.dispatch.path import BARE, BoundPattern, Epilogue, ExecutionPath
 from fusion_core.errors import FusionError
 from fusion_core.patterns.definition import Pattern
 from fusion_core.plugins.registry import Registry
@@ -32,14 +32,14 @@ IMPORTANT = (
     "all_reduce_add_rms_norm_group_fp8",
     "all_reduce_rms_norm_group_fp8",
 )
-"""Patterns that come before others, the most frequent in models first."""
+"""Patterns that are measured before others, the most frequent in models first."""
 ALWAYS = 4
-"""So many of them are measured wherever there is anything to measure; others where a strategy is made for them."""
+"""The first of them are measured if anything is measured at all; the others only if a strategy exists for them."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a place has beside its tensors: the live outputs, in the pattern's order, and the scalars by name."""
+    """A site without its tensors: the live outputs, in the pattern's order, and the scalars by name."""
 
     live: tuple[str, ...]
     scalars: tuple[tuple[str, Any], ...]
@@ -47,7 +47,7 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """One way to run a pattern, and the form of place at which it is measured; no strategy is the unfused path."""
+    """One path of a pattern, and the form of site at which it is measured; the unfused path has no strategy."""
 
     strategy: Strategy | None
     form: Form
@@ -62,9 +62,9 @@ class Plan:
     """The paths of every pattern for one process group, device and dtype.
 
     Args:
-        registry: Says which strategies there are; those that an option switches off are left out.
-        dtype: Of x.
-        device: Of this rank.
+        registry: The strategies; those whose option is not switched on are left out.
+        dtype: The dtype of x.
+        device: This rank's device.
         group: The process group's name.
         world_size: Its number of ranks.
     """
@@ -78,15 +78,16 @@ class Plan:
         self._facts = Device.of(device)
         self._group = group
         self._world_size = world_size
-        self._rests: dict[tuple[str, Form], Rest] = {}
+        self._rests: dict[tuple[str, Form], Epilogue] = {}
 
     def patterns(self, hidden: Iterable[int], tokens: int) -> tuple[Pattern, ...]:
-        """The patterns that are worth measuring at one of these hidden sizes, the most frequent in models first."""
+        """The patterns worth measuring at any of these hidden sizes, the most frequent in models first."""
         sizes = list(hidden)
         own = [
             pattern
             for pattern in self.registry.patterns.values()
-            if any(self._can(strategy, pattern, size, tokens) for strategy in self._own(pattern) for size in sizes)
+            if pattern.collective == BARE  # what is compared is the all_reduce with the rest behind it
+            and any(self._can(strategy, pattern, size, tokens) for strategy in self._own(pattern) for size in sizes)
         ]
         always = [self.registry.patterns[name] for name in IMPORTANT[:ALWAYS]]
         return tuple(self.sorted({*own, *always} if own else ()))
@@ -98,18 +99,18 @@ class Plan:
         return sorted(patterns, key=lambda p: (places.get(p.name, last), len(p.steps), p.name))
 
     def columns(self, pattern: Pattern) -> tuple[Column, ...]:
-        """Every way to run a pattern on this device, the unfused one first; some may refuse some sizes."""
+        """Every path of a pattern on this device, the unfused one first; some may refuse some sizes."""
         own = [(strategy, self._form(strategy, pattern)) for strategy in self._own(pattern)]
         main = self._main(pattern, [form for _, form in own])
         bare = [] if pattern.name == BARE else [(strategy, main) for strategy in self._strategies(BARE)]
         return (Column(None, main), *(Column(strategy, form) for strategy, form in (*own, *bare)))
 
     def site(self, pattern: Pattern, form: Form, hidden: int, tokens: int) -> Site:
-        """The facts of a place.
+        """The site of a form and a size.
 
         Raises:
-            Impossible: where the definition takes no such size.
-            PatternError: where the pattern has parameters that nobody can make up.
+            Impossible: if the definition does not accept the size.
+            PatternError: if the pattern has parameters without an example.
         """
         site = example_site(pattern, device=self._facts, world_size=self._world_size)
         floats = ("x", *pattern.elementwise, *VECTORS)
@@ -120,7 +121,7 @@ class Plan:
         return with_outputs(pattern, resized(pattern, site, (tokens, hidden)), form.live)
 
     def refusals(self, column: Column, pattern: Pattern, site: Site) -> tuple[Reason, ...]:
-        """Why a path cannot run a place; nobody asks whether it should."""
+        """The reasons why a path cannot run a site. Whether it is worthwhile is not checked."""
         strategy = column.strategy
         if strategy is None:
             return ()
@@ -132,18 +133,18 @@ class Plan:
             replace(site, pattern=BARE, inputs={"x": x}, outputs={"reduced": x}, attributes={}), bare
         )
 
-    def path(self, column: Column, pattern: Pattern, site: Site) -> Path:
-        """The path itself; those of one form of place share what follows the all_reduce."""
+    def path(self, column: Column, pattern: Pattern, site: Site) -> ExecutionPath:
+        """The path itself; the paths of one form share the code after the all_reduce."""
         rest = self.rest(pattern, column.form, site)
         settings = {} if column.strategy is None else self._settings(column.strategy, pattern)
-        return Path(rest.place, column.strategy, settings, rest)
+        return ExecutionPath(rest.place, column.strategy, settings, rest)
 
-    def rest(self, pattern: Pattern, form: Form, site: Site) -> Rest:
-        """What follows the all_reduce at places of this form, one object for all sizes: it is compiled once."""
+    def rest(self, pattern: Pattern, form: Form, site: Site) -> Epilogue:
+        """The code after the all_reduce at sites of this form: one object for all sizes, so it is compiled once."""
         key = pattern.name, form
         if key not in self._rests:
             names = tuple(name for name in pattern.tensors if name in site.inputs and name != "x")
-            self._rests[key] = Rest(Place(pattern, form.live, names, dict(form.scalars), self._group))
+            self._rests[key] = Epilogue(BoundPattern(pattern, form.live, names, dict(form.scalars), self._group))
         return self._rests[key]
 
     def _settings(self, strategy: Strategy, pattern: Pattern) -> dict[str, Any]:
@@ -151,7 +152,7 @@ class Plan:
         return strategy.settings(own, self.registry.config)
 
     def _strategies(self, pattern: str) -> list[Strategy]:
-        """Those that may be used here, but the pattern's definition: that is the unfused path by another name."""
+        """The usable strategies, except the pattern's own definition, which is the unfused path."""
         return [
             strategy
             for strategy in self.registry.strategies(pattern)
@@ -171,7 +172,7 @@ class Plan:
         return not strategy.cannot(site, pattern)
 
     def _form(self, strategy: Strategy, pattern: Pattern) -> Form:
-        """The place that a strategy is made for: all its outputs are live, scalars have values that it takes."""
+        """The form that a strategy is made for: all its outputs are live, and it accepts the scalars' values."""
         live = pattern.returns if strategy.outputs is None else strategy.outputs
         scalars = _scalars(pattern)
         for each in (*strategy.implied(pattern), *strategy.requires):
@@ -180,7 +181,7 @@ class Plan:
         return Form(tuple(name for name in pattern.outputs if name in live), tuple(scalars.items()))
 
     def _main(self, pattern: Pattern, forms: Iterable[Form]) -> Form:
-        """The form at which the unfused path is measured: with the usual outputs, and the most frequent of those."""
+        """The form at which the unfused path is measured: of those with the usual outputs, the most frequent."""
         live = tuple(name for name in pattern.outputs if name in pattern.returns)
         usual = Counter(form for form in forms if form.live == live)
         return usual.most_common(1)[0][0] if usual else Form(live, tuple(_scalars(pattern).items()))
@@ -191,7 +192,7 @@ def _scalars(pattern: Pattern) -> dict[str, Any]:
 
 
 def tensors(site: Site, rank: int, device: torch.device) -> dict[str, Tensor]:
-    """Contiguous tensors of a place, made on the device: x is each rank's own, everything else is equal on all."""
+    """Contiguous tensors of a site, made on the device: x differs between ranks, all others are the same."""
     found = {}
     for index, (name, meta) in enumerate(site.inputs.items()):
         shape = tuple(map(int, meta.shape))

@@ -1,4 +1,4 @@
-"""The order in which points are measured, and what is left out: hopeless paths, and what the time does not allow."""
+"""The order in which points are measured, and which are skipped: hopeless paths, and sizes without time left."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from fusion_core.tables.table import Row
 from fusion_core.tune.measure import Measured
 
 HOPELESS = 3.0
-"""Times as long as the fastest path, from which on a path is not measured at more tokens."""
+"""A path that takes this many times as long as the fastest is not measured at more tokens."""
 GROWS = 1.5
-"""Times as long as at the point before, from which on a path is bound by its size and not by its launch."""
+"""A path that takes this many times as long as at the previous point is bound by its size, not by its launch."""
 
 Us = Mapping[str, float]
 
 
 class Deciding(Protocol):
-    """What `fusion_core.tune.ranks.Ranks` does here."""
+    """The part of `fusion_core.tune.ranks.Ranks` that a sweep uses."""
 
-    def first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on all ranks."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Why a path has no figure at a point; `UNFUSED` is the whole point."""
+    """Why a path has no time at a point; `UNFUSED` means the whole point."""
 
     pattern: str
     hidden: int
@@ -40,11 +40,11 @@ class Note:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was measured.
+    """The measurements.
 
     Attributes:
-        rows: The points; for each pattern the same token counts at every hidden size.
-        notes: What has no figure, and why.
+        rows: The points; each pattern has the same token counts at every hidden size.
+        notes: The points and paths without a time, with reasons.
     """
 
     rows: tuple[Row, ...]
@@ -68,7 +68,7 @@ def sweep(
     measure: Callable[[str, int, int, Collection[str]], Measured],
     ranks: Deciding,
     budget: float,
-    said: Callable[[int, str], None] = lambda done, what: None,
+    progress: Callable[[int, str], None] = lambda done, what: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Sweep:
     """Measure every pattern at every size, pattern by pattern and hidden size by hidden size, while there is time.
@@ -77,12 +77,12 @@ def sweep(
         patterns: Names, in the order in which they are measured.
         hidden: Hidden sizes.
         tokens: Token counts, in rising order.
-        dtype: Of x, for the rows.
-        measure: From a pattern, a hidden size, a token count and the paths to leave out to the point's figures.
-        ranks: Says on all ranks what rank 0 decides.
-        budget: Seconds after which no further point is begun.
-        said: Told how many points are done, and what comes next.
-        clock: Seconds.
+        dtype: The dtype of x, for the rows.
+        measure: Measures a point, given the pattern, the hidden size, the token count and the paths to skip.
+        ranks: Broadcasts rank 0's decisions.
+        budget: Seconds after which no further point is started.
+        progress: Called with the number of points done and the name of the next one.
+        clock: Returns the time in seconds.
     """
     began = clock()
     blocks: list[_Block] = []
@@ -91,18 +91,18 @@ def sweep(
     for index, (pattern, size) in enumerate((pattern, size) for pattern in patterns for size in hidden):
         block, start = _Block(pattern, size), clock()
         blocks.append(block)
-        # a table takes whole blocks: one that will hardly get done is not begun
-        late = ranks.first(clock() - began + last > budget)
+        # a table takes only whole blocks, so one that is unlikely to finish is not started
+        late = ranks.broadcast(clock() - began + last > budget)
         dropped: dict[str, str] = {}
         for place, count in enumerate(tokens):
-            said(index * len(tokens) + place, f"{pattern}, hidden {size}, tokens {count}")
-            if late or (late := ranks.first(clock() - began > budget)):
+            progress(index * len(tokens) + place, f"{pattern}, hidden {size}, tokens {count}")
+            if late or (late := ranks.broadcast(clock() - began > budget)):
                 notes.append(Note(pattern, size, count, UNFUSED, f"the time of {budget:g} s is over"))
                 continue
             found = measure(pattern, size, count, dropped)
             notes += [Note(pattern, size, count, path, why) for path, why in {**dropped, **found.notes}.items()]
             if UNFUSED not in found.us:
-                # more tokens take more memory: what failed here does not get better there
+                # more tokens need more memory, so a failure here would repeat there
                 why = f"not begun after {count} tokens failed"
                 notes += [Note(pattern, size, more, UNFUSED, why) for more in tokens[place + 1 :]]
                 break
@@ -110,13 +110,13 @@ def sweep(
             dropped |= _hopeless(block.us, dropped)
         if len(block.us) == len(tokens):
             last = clock() - start
-    said(len(patterns) * len(hidden) * len(tokens), "done")
+    progress(len(patterns) * len(hidden) * len(tokens), "done")
     rows, cut = _whole(blocks, dtype)
     return Sweep(rows, (*notes, *cut))
 
 
 def _hopeless(points: Mapping[int, Us], dropped: Collection[str]) -> dict[str, str]:
-    """Paths far behind the fastest at the last two points, not catching up, and bound by size: with the reason.
+    """Paths far behind the fastest at the last two points, not catching up and bound by size, with the reason.
 
     A path whose time does not grow yet is bound by its launch, and may be the fastest at more tokens.
     """
@@ -137,7 +137,7 @@ def _hopeless(points: Mapping[int, Us], dropped: Collection[str]) -> dict[str, s
 
 
 def _whole(blocks: Sequence[_Block], dtype: str) -> tuple[tuple[Row, ...], list[Note]]:
-    """The most rows with the same token counts at every hidden size of a pattern, and the points that this costs."""
+    """As many rows as possible with the same token counts at every hidden size of a pattern; and the points cut."""
     rows: list[Row] = []
     cut: list[Note] = []
     for pattern in dict.fromkeys(block.pattern for block in blocks):

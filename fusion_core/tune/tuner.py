@@ -1,4 +1,4 @@
-"""A table of this machine, measured: what `fusion-core tune` does between its arguments and what it prints."""
+"""Measures a table of this machine: what `fusion-core tune` does between its arguments and its output."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fusion_core.patterns.definition import Pattern
 from fusion_core.site import Device, dtype_name
 from fusion_core.tables.machine import Machine
 from fusion_core.tables.table import Row, Table, TableError
-from fusion_core.tune.clocks import Clock
 from fusion_core.tune.measure import Bench, Measured
 from fusion_core.tune.plan import Plan
 from fusion_core.tune.ranks import Ranks
 from fusion_core.tune.sweep import Note, sweep
+from fusion_core.tune.timers import Timer
 
 HIDDEN = (2048, 4096, 8192)
 TOKENS = tuple(2**power for power in range(15))
@@ -23,11 +23,11 @@ TOKENS = tuple(2**power for power in range(15))
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of it.
+    """The result of a tuning run.
 
     Attributes:
-        table: None where nothing was measured but the unfused path: it would decide nothing.
-        notes: What has no figure, and why.
+        table: The table; None if only the unfused path was measured, as it could decide nothing.
+        notes: The points and paths without a time, with reasons.
     """
 
     table: Table | None
@@ -37,30 +37,30 @@ class Tuned:
 def tune(
     plan: Plan,
     ranks: Ranks,
-    clock: Clock,
+    timer: Timer,
     patterns: Sequence[Pattern],
     hidden: Sequence[int] = HIDDEN,
     tokens: Sequence[int] = TOKENS,
     budget: float = 600.0,
     command: str = "",
-    said: Callable[[int, str], None] = lambda done, what: None,
+    progress: Callable[[int, str], None] = lambda done, what: None,
 ) -> Tuned:
     """Measure patterns at every size while there is time. Collective: every rank of the group calls it.
 
     Args:
         plan: The paths.
         ranks: The ranks.
-        clock: Of their devices.
-        patterns: In the order in which they are measured.
+        timer: The timer for their devices.
+        patterns: The patterns, in the order in which they are measured.
         hidden: Hidden sizes.
         tokens: Token counts, in rising order.
-        budget: Seconds after which no further point is begun.
-        command: What the table says made it.
-        said: Told how many points are done, and what comes next.
+        budget: Seconds after which no further point is started.
+        command: The command that the table records.
+        progress: Called with the number of points done and the name of the next one.
 
     Raises:
-        BackendError: where the ranks do not run on one kind of machine.
-        TableError: where the table would refuse a name, before anything is measured.
+        BackendError: if the ranks' machines differ.
+        TableError: if the table would refuse a name, before anything is measured.
     """
     machine = Machine.here(ranks.size, Device.of(plan.device))
     machines = ranks.gather(machine.to_dict())
@@ -69,14 +69,14 @@ def tune(
             name = differing[0]
             raise BackendError(f"rank {rank} has {name} {other[name]!r}, needs {machines[0][name]!r} as rank 0 has it")
     _check_names(plan, ranks, patterns, machine, command)
-    bench = Bench(plan, ranks, clock, max(tokens))
+    bench = Bench(plan, ranks, timer, max(tokens))
     by_name = {pattern.name: pattern for pattern in patterns}
 
     def measure(pattern: str, size: int, count: int, without: Collection[str]) -> Measured:
         return bench.measure(by_name[pattern], size, count, without)
 
     dtype = dtype_name(plan.dtype)
-    swept = sweep(list(by_name), hidden, tokens, dtype, measure, ranks, budget, said)
+    swept = sweep(list(by_name), hidden, tokens, dtype, measure, ranks, budget, progress)
     if not any(len(row.us) > 1 for row in swept.rows):
         return Tuned(None, swept.notes)
     made = datetime.now(UTC).isoformat(timespec="seconds")
@@ -84,7 +84,7 @@ def tune(
 
 
 def _check_names(plan: Plan, ranks: Ranks, patterns: Sequence[Pattern], machine: Machine, command: str) -> None:
-    """Raise on all ranks where the table could not be made of these names, however long they were measured."""
+    """Raise on all ranks if a table would refuse these names, before they are measured."""
     wrong = None
     try:
         names = {pattern.name: [column.name for column in plan.columns(pattern)] for pattern in patterns}

@@ -72,7 +72,7 @@ def dequantize_nvfp4(
     """``q * sf / global_scale`` of `quantize_nvfp4`'s results, ``[..., n]`` in ``dtype`` (float32 or float64).
 
     Raises:
-        ValueError: The scales do not belong to ``packed``'s shape, or a keyword is unknown.
+        ValueError: The scales do not fit ``packed``'s shape, or a keyword's value is unknown.
     """
     check_choice("scale_layout", scale_layout, get_args(Nvfp4ScaleLayout))
     check_one_scale("global_scale", global_scale)
@@ -100,14 +100,14 @@ def quantize_mxfp4(
     - ``"up"``: ``s - 127 = ceil(log2(max|x| / 6))``, the only rule with which nothing saturates. AITER's
       ``per_1x32_f4_quant``, torchao's ``RCEIL``, FlashInfer's ``mxfp4_quantize``.
 
-    The default is the unfused operator that AITER's fused kernel takes as its reference. ``s`` is at least 0, and 0 for
-    a block of zeros, whose codes are 0. A NaN or an infinity makes its block NaN: ``s = 255`` and all codes 7.
+    The default matches the unfused operator that AITER's fused kernel uses as its reference. ``s`` is at least 0, and 0
+    for a block of zeros, whose codes are 0. A NaN or an infinity makes its block NaN: ``s = 255`` and all codes 7.
 
     Args:
         x: ``[..., n]``, float16, bfloat16, float32 or float64, ``n`` a multiple of 32.
         scale_rounding: The rule for ``s``.
-        ties: Where a quotient lies half way: to the ``"even"`` code or ``"away"`` from zero. Like AITER's kernel
-            ``"away"`` encodes -0.0 as 0, where ``"even"`` keeps the sign.
+        ties: The rounding of a quotient half way between codes: to the ``"even"`` code or ``"away"`` from zero. Like
+            AITER's kernel, ``"away"`` encodes -0.0 as 0; ``"even"`` keeps the sign.
 
     Returns:
         The codes, uint8 ``[..., n / 2]``, and ``s``, uint8 ``[..., n / 32]``, both contiguous.
@@ -130,7 +130,7 @@ def dequantize_mxfp4(packed: Tensor, scale: Tensor, *, dtype: torch.dtype = torc
     """``q * 2**(s - 127)`` of `quantize_mxfp4`'s results, ``[..., n]`` in ``dtype``; NaN where ``s`` is 255.
 
     Raises:
-        ValueError: The scales do not belong to ``packed``'s shape.
+        ValueError: The scales do not fit ``packed``'s shape.
     """
     codes = _unpack(packed, 32)
     _check_shape(scale, codes.shape[:-1])
@@ -143,7 +143,7 @@ def _e2m1(x: Tensor, ties: Ties = "even") -> Tensor:
     """The nearest E2M1 code of each value, saturating; NaN is 7 (+6), as in PTX ``cvt.rn.satfinite.e2m1x2``."""
     magnitude = x.abs()
     below = torch.zeros_like(x)
-    # the midpoints between neighbouring magnitudes; a tie at every other one goes down to the even code
+    # the midpoints between neighbouring magnitudes; ties at every second one round down to the even code
     for code, midpoint in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)):
         down = ties == "even" and code % 2 == 0
         below = below + (magnitude <= midpoint if down else magnitude < midpoint)
@@ -169,8 +169,8 @@ def _unpack(packed: Tensor, block: int) -> Tensor:
 def _mxfp4_exponent(amax: Tensor, rounding: Mxfp4ScaleRounding) -> Tensor:
     """The biased exponent of each block's scale, an integer tensor as wide as ``amax``; 255 if that is not finite."""
     mantissa_bits, bias = _format(amax.dtype)
-    # What is added to the bits carries into the exponent if the significand is 1.75 or more, above 1.5 (6 being
-    # 1.5 * 4), or never.
+    # The number added to the bits carries into the exponent if the significand is 1.75 or more ("even"), above 1.5
+    # ("up", since 6 is 1.5 * 4), or never ("floor").
     carry = {"even": 1 << (mantissa_bits - 2), "up": (1 << (mantissa_bits - 1)) - 1, "floor": 0}[rounding]
     bits = amax.view(torch.int64 if amax.dtype == torch.float64 else torch.int32)
     exponent = ((bits + carry) >> mantissa_bits) - (bias - 127) - 2
@@ -178,7 +178,7 @@ def _mxfp4_exponent(amax: Tensor, rounding: Mxfp4ScaleRounding) -> Tensor:
 
 
 def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """``2 ** exponent`` in ``dtype``, exactly; the exponent's integer type is as wide as ``dtype``."""
+    """``2 ** exponent`` in ``dtype``, exact; the exponent's integer type is as wide as ``dtype``."""
     mantissa_bits, bias = _format(dtype)
     return ((exponent + bias) << mantissa_bits).view(dtype)
 

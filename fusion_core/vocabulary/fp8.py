@@ -1,8 +1,8 @@
 """FP8 quantisation in plain torch: static, per token and per group, each with one dequantisation.
 
 Each function is the definition, the float64 oracle (called with float64 input) and the fallback at once. Arithmetic is
-float32, float64 for float64 input; every scale is a float32 that a consumer multiplies by, and is rounded to float32
-before anything is divided by it. A kernel that multiplies by a reciprocal may differ by one code at a tie.
+float32, float64 for float64 input. Every scale is a float32 that a consumer multiplies by, and is rounded to float32
+before it divides anything. A kernel that multiplies by a reciprocal may differ by one code at a tie.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ ScaleFormat = Literal["float32", "ue8m0", "ue8m0_packed"]
 ScaleLayout = Literal["row_major", "column_major"]
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-SMALLEST_SCALE = 2.0**-126  # float32's smallest normal number: kernels flush what is below
+SMALLEST_SCALE = 2.0**-126  # float32's smallest normal number: kernels flush smaller ones to zero
 
 
 def quantize_static_fp8(
     x: Tensor, scale: Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn, fp8_max: float | None = None
 ) -> Tensor:
-    """FP8 with one scale that is known beforehand: ``q = saturate(x / scale)``.
+    """FP8 with one scale that is known in advance: ``q = saturate(x / scale)``.
 
-    Rounding is to the nearest code, ties to the even one; what lies beyond ``fp8_max``, infinities included, becomes
+    Rounding is to the nearest code, ties to even. Magnitudes beyond ``fp8_max``, infinities included, become
     ``fp8_max``; NaN stays NaN. Source: FlashInfer ``kARResidualRMSNormFP8Quant``, vLLM ``static_scaled_fp8_quant``
     (both multiply by ``1 / scale``).
 
@@ -91,7 +91,7 @@ def quantize_group_fp8(
 ) -> tuple[Tensor, Tensor]:
     """FP8 with one scale per ``group_size`` neighbours: `quantize_token_fp8`'s rule for each group.
 
-    With a UE8M0 format the scale is the least power of two not below that.
+    With a UE8M0 format the scale is rounded up to a power of two.
 
     Source, and the ``min_scale`` of each: the default for vLLM's native ``QuantFP8`` and ``rms_norm_per_block_quant``
     (float32) and for FlashInfer's ``kARResidualRMSNormPerTokenGroupFP8PackedQuant`` (packed); ``eps / fp8_max`` for
@@ -107,7 +107,7 @@ def quantize_group_fp8(
             zeros, is then 1.
         scale_format: ``"float32"``; ``"ue8m0"``, powers of two in float32; ``"ue8m0_packed"``, their exponents, four to
             an int32 (see `pack_ue8m0`).
-        scale_layout: Of float32 scales (packed ones have a layout of their own): ``"row_major"``, contiguous, or
+        scale_layout: Layout of float32 scales (packed ones have their own): ``"row_major"``, contiguous, or
             ``"column_major"`` (see `scale_layout.column_major`).
 
     Returns:
@@ -139,11 +139,11 @@ def dequantize_fp8(
         q: ``[..., n]`` FP8 codes.
         scale: One float32 scale (``[]``, ``[1]`` or ``[1, 1]``), float32 ``[..., groups]`` of any strides with
             ``groups = 1`` for per-token scales, or the packed int32 of `pack_ue8m0`.
-        group_size: Elements per scale. Packed scales do not tell it; float32 scales do.
-        dtype: Of the result: ``torch.float32`` or ``torch.float64``, in which it is exact.
+        group_size: Elements per scale. Required for packed scales; for float32 scales it follows from the shapes.
+        dtype: Dtype of the result: ``torch.float32``, or ``torch.float64``, in which it is exact.
 
     Raises:
-        ValueError: The scales do not belong to ``q``'s shape.
+        ValueError: The scales do not fit ``q``'s shape.
     """
     values, n = q.to(torch.float64), q.shape[-1]
     if scale.dtype == torch.int32:
@@ -222,14 +222,14 @@ def _largest(dtype: torch.dtype, fp8_max: float | None) -> float:
 
 
 def _scale(amax: Tensor, largest: float, min_scale: float | None, *, powers_of_two: bool = False) -> Tensor:
-    """The float32 scale of each maximum: ``amax / largest``, rounded up to a power of two or not, and not too small."""
+    """The float32 scale of each maximum: ``amax / largest``, bounded below, rounded up to a power of two if asked."""
     if min_scale is None:
         min_scale = 1e-10 if powers_of_two else 1 / (512 * largest)
     if min_scale < 0:
         raise ValueError(f"min_scale = {min_scale}, needs 0 or more")
     least = max(min_scale, SMALLEST_SCALE)
     if powers_of_two:
-        # By comparison: compiled for a GPU a division is approximate, and an exact power of two might be doubled.
+        # By comparison: a division that is compiled for a GPU is approximate and might double an exact power of two.
         mantissa, exponent = math.frexp(largest)
         below = _floor_to_power_of_two(amax)
         scale = below * 2.0 ** (1 - exponent)

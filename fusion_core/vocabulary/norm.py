@@ -14,10 +14,10 @@ def add(x: torch.Tensor, residual: torch.Tensor, *, dtype: torch.dtype | None = 
     Args:
         x: ``[..., n]``, any floating dtype.
         residual: The same shape as ``x``; its dtype may differ (a float32 residual stream).
-        dtype: Of the result; None for the dtype that torch's type promotion gives.
+        dtype: Dtype of the result; None for that of torch's type promotion.
 
     Returns:
-        ``[..., n]`` in ``dtype``; computed in ``dtype`` where that is wider than the operands.
+        ``[..., n]`` in ``dtype``; computed in ``dtype`` if that is wider than the operands.
     """
     if dtype is not None:
         x, residual = x.to(dtype), residual.to(dtype)
@@ -38,14 +38,14 @@ def rms_norm(
     ``normed = x * rsqrt(mean(x^2) + eps) * (weight + weight_bias)``, computed in float32 (in float64 for float64).
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4, with ``eps`` inside the
-    root as every implementation has it. ``weight_bias = 1`` is Gemma's form, whose stored weight is centred on zero.
+    root, as in every implementation. ``weight_bias = 1`` is Gemma's form, whose stored weight is centred on zero.
 
     Args:
         x: ``[..., n]``, any floating dtype.
-        weight: ``[n]``, or None for no weight (``weight_bias`` is then without meaning).
+        weight: ``[n]``, or None for no weight (``weight_bias`` is then ignored).
         eps: Added to the mean of squares.
         weight_bias: Added to the weight.
-        dtype: Of the result; None for ``x.dtype``.
+        dtype: Dtype of the result; None for ``x.dtype``.
 
     Returns:
         ``[..., n]`` in ``dtype``.

@@ -41,7 +41,7 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         if Recorder.active is not None:
-            raise PatternError("an expression is being recorded already, needs one at a time")
+            raise PatternError("an expression is already being recorded, needs one at a time")
         Recorder.active = self
         return self
 
@@ -52,13 +52,16 @@ class Recorder:
 class Operation:
     """A word of the neutral vocabulary: a name and the plain torch function that defines it.
 
-    Called with tensors it computes; called with symbols, while a pattern is read, it is written down as a step.
+    Called with tensors it computes; called with symbols, while a pattern is recorded, it is recorded as a step.
 
     Attributes:
-        name: What lifting and reports call it.
+        name: Its name in lifting and in reports.
         function: The definition.
-        results: Names of what it returns, in order.
+        results: Names of its results, in order.
         commutative: Two parameters that may be exchanged, or nothing.
+        alone: For a collective, a function of its tensors that gives the results in a group of one rank. None for a
+            word that does not communicate.
+        by_rank: Whether a collective's results, or what follows it, are of each rank's own part of a vector.
     """
 
     def __init__(
@@ -68,18 +71,22 @@ class Operation:
         name: str | None = None,
         results: tuple[str, ...] = ("result",),
         commutative: tuple[str, ...] = (),
+        alone: Callable[..., Any] | None = None,
+        by_rank: bool = False,
     ) -> None:
         self.name = name or function.__name__
         self.function = function
         self.results = results
         self.commutative = commutative
+        self.alone = alone
+        self.by_rank = by_rank
         self.signature = inspect.signature(function)
         if commutative and (len(commutative) != 2 or not set(commutative) <= set(self.signature.parameters)):
             raise PatternError(f"operation {self.name!r} is commutative in {commutative}, needs two of its parameters")
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The definition's results; symbols for them while an expression is being recorded."""
+        """The definition's results, or symbols for them while an expression is being recorded."""
         if Recorder.active is None:
             return self.function(*args, **kwargs)
         bound = self.signature.bind(*args, **kwargs)
@@ -95,7 +102,11 @@ class Operation:
 
 
 def operation(
-    *, results: tuple[str, ...] = ("result",), commutative: tuple[str, ...] = ()
+    *,
+    results: tuple[str, ...] = ("result",),
+    commutative: tuple[str, ...] = (),
+    alone: Callable[..., Any] | None = None,
+    by_rank: bool = False,
 ) -> Callable[[Callable[..., Any]], Operation]:
-    """Make the plain torch function below a word of the vocabulary, under the function's own name."""
-    return lambda function: Operation(function, results=results, commutative=commutative)
+    """Decorator that makes a plain torch function a word of the vocabulary, named after the function."""
+    return lambda function: Operation(function, results=results, commutative=commutative, alone=alone, by_rank=by_rank)

@@ -19,21 +19,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
+
+from fusion_core._torch.distributed import TCPStore
 
 HOST = "127.0.0.1"
-_COLLECTIVE_TIMEOUT = timedelta(hours=6)  # the parent's time limit comes first: it can say where a rank hangs
+_COLLECTIVE_TIMEOUT = timedelta(hours=6)  # above the parent's timeout, which can report where a rank hangs
 
 
 def serve(*, rank: int, world_size: int, backend: str, port: int, handles: list[int]) -> None:
-    """A worker's life: join the process group, answer calls until the connection closes. Does not return."""
+    """Run a worker: join the process group, then answer calls until the connection closes. Does not return."""
     calls, lifeline, dump = handles
     for handle in handles:
         os.set_inheritable(handle, False)
     _die_with(lifeline)
     faulthandler.enable(dump)  # for crashes
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    faulthandler.register(signal.SIGTERM, dump, all_threads=True, chain=True)  # say where you are, and end
+    faulthandler.register(signal.SIGTERM, dump, all_threads=True, chain=True)  # dump the stacks, then exit
     connection = Connection(calls)
 
     def join() -> None:
@@ -53,17 +54,17 @@ def serve(*, rank: int, world_size: int, backend: str, port: int, handles: list[
             connection.send_bytes(_answer(functools.partial(_call, message)))
     sys.stdout.flush()
     sys.stderr.flush()
-    # Without destroy_process_group, which can wait for ever while CUDA graphs hold NCCL's work.
+    # Without destroy_process_group, which can wait forever while CUDA graphs hold NCCL's work.
     os._exit(0)
 
 
 def _die_with(lifeline: int) -> None:
-    """Have the kernel end this process by SIGIO when the other end closes, whatever Python is doing then."""
+    """Have the operating system end this process by SIGIO when the other end closes, whatever Python is doing."""
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
     if select.select([lifeline], [], [], 0)[0]:
-        os._exit(1)  # it closed before
+        os._exit(1)  # it is already closed
 
 
 def _call(message: bytes) -> Any:
@@ -72,11 +73,11 @@ def _call(message: bytes) -> Any:
 
 
 def _answer(call: Callable[[], Any]) -> bytes:
-    """What a call gave, or the traceback of what it raised, pickled."""
+    """The result of a call, or the traceback of its error, pickled."""
     did = "raised"
     try:
         result = call()
         did = "gave a result that cannot be pickled"
         return pickle.dumps(("result", result))
-    except BaseException:  # noqa: BLE001  # SystemExit too: the parent is told, and this process waits for what comes next
+    except BaseException:  # noqa: BLE001  # SystemExit too: the parent gets it, and this process waits for the next call
         return pickle.dumps(("failure", f"{did}\n{traceback.format_exc()}"))

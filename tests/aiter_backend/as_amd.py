@@ -14,8 +14,6 @@ import torch
 
 import fusion_aiter.testing  # noqa: F401  # the kit imports it by itself for the backend that is installed
 from fusion_aiter import availability
-from fusion_aiter.kernels import KERNELS
-from fusion_aiter.ops import NAMESPACE, runner
 from fusion_aiter.strategies import STRATEGIES
 from fusion_core import Device, Reason, Strategy, hookimpl
 
@@ -26,9 +24,6 @@ if str(MODEL) not in sys.path:
     sys.path.insert(0, str(MODEL))
 Device.of = classmethod(lambda cls, device: HERE if device.type == "cpu" else cls(device.type))  # type: ignore[method-assign]
 Device.here = classmethod(lambda cls: HERE)  # type: ignore[method-assign]
-_on_cpu = torch.library.Library(NAMESPACE, "IMPL")
-for _kernel in KERNELS:
-    _on_cpu.impl(_kernel.name, runner(_kernel), "CPU")
 
 
 @hookimpl

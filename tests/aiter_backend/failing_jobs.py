@@ -18,7 +18,9 @@ import torch.distributed as dist
 import fusion_aiter
 from fusion_aiter import creation, library
 from fusion_aiter.communicators import COMMUNICATORS
-from tests.aiter_backend.jobs import ADD, NORM, held
+from fusion_aiter.kernels import Kernel
+from fusion_core.workspaces import Call
+from tests.aiter_backend.jobs import ADD, AITER, NORM, held
 from tests.aiter_backend.one_call import (
     BY_NAME,
     communicator_class,
@@ -146,7 +148,7 @@ def growth_fails(rank: int) -> tuple[list[bool], list[str], int]:
     with constructor("after", above=2 << 20) if dist.get_rank() == rank else ExitStack():
         found = [runs_fused(ADD, tokens, 8192, max_tokens=100) for tokens in (4, 5)]
         found += [runs_fused(ADD, tokens, 8192, max_tokens=most) for tokens, most in ((150, 200), (151, 200), (6, 200))]
-    return found, states(), int(held().communicator._ptr != 0)
+    return found, states(), int(held().handle.communicator._ptr != 0)
 
 
 @contextmanager
@@ -203,16 +205,22 @@ def nothing_given(late: bool) -> list[tuple[float, list[tuple[str, str]], bool]]
     return found
 
 
+def call_of(kernel: Kernel, x: torch.Tensor) -> Call:
+    """A call of a kernel in the default group, as far as it decides on the communicator."""
+    group, form = dist.group.WORLD.group_name, kernel.staged[False, False]
+    return Call(kernel.definition, f"aiter.{kernel.name}", {"x": x}, group, kernel=form)
+
+
 def late(rank: int) -> tuple[str, float]:
     """One rank that never comes to its first call: the state of the others, and how long they waited."""
-    creation.ARRIVAL = creation.STEP = 1.0
+    AITER.arrival = AITER.step = 1.0
     dist.barrier()  # so that the time limit counts from one moment
     if dist.get_rank() == rank:
         dist.barrier()
         return "late", 0.0
     start = time.monotonic()
     x = torch.ones(4, 512, dtype=torch.bfloat16)
-    assert COMMUNICATORS.ready(BY_NAME["all_reduce"], x, dist.group.WORLD.group_name, None, False) is None
+    assert COMMUNICATORS.ready(call_of(BY_NAME["all_reduce"], x)) is None
     took = time.monotonic() - start
     dist.barrier()
     return states()[0], took
@@ -221,6 +229,6 @@ def late(rank: int) -> tuple[str, float]:
 def disagreeing() -> str:
     """Ranks whose first calls are of different sizes: the real kernels would wait for ever."""
     x = torch.ones(4 + dist.get_rank(), 512, dtype=torch.bfloat16)
-    assert COMMUNICATORS.ready(BY_NAME["all_reduce"], x, dist.group.WORLD.group_name, None, False) is None
+    assert COMMUNICATORS.ready(call_of(BY_NAME["all_reduce"], x)) is None
     assert sizes_made() == []
     return states()[0]

@@ -21,7 +21,7 @@ import fusion_aiter
 from fusion_aiter import creation, stages
 from fusion_aiter.communicators import COMMUNICATORS
 from fusion_aiter.kernels import KERNELS
-from fusion_core import Device, run_time
+from fusion_core import Device, fallback
 from tests.aiter_backend.one_call import (
     BY_NAME,
     call,
@@ -38,6 +38,7 @@ from tests.aiter_backend.one_call import (
     world,
 )
 
+AITER: Any = COMMUNICATORS.provider
 ADD = "all_reduce_add_rms_norm"
 NORM = "all_reduce_rms_norm"
 
@@ -48,16 +49,17 @@ def on(arch: str, job: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     importlib.import_module("tests.aiter_backend.as_amd")
     importlib.import_module("aiter.dist.device_communicators.custom_all_reduce")
     creation.CLOSING = 10.0
-    COMMUNICATORS.groups.release()
+    COMMUNICATORS.release()
+    vars(AITER).clear()
     creation._left_open.clear()
-    run_time._fallen_back.clear()
+    fallback._fallen_back.clear()
     record().clear()
     return job(*args, **kwargs)
 
 
 def held() -> Any:
     """What the one group that was used has."""
-    (found,) = COMMUNICATORS.groups
+    (found,) = COMMUNICATORS._groups
     return found
 
 
@@ -68,7 +70,7 @@ def first_calls() -> tuple[Any, ...]:
         for name in names:
             assert run(name, 4) <= 1
         found.append([each["kwargs"] for each in recorded("__init__")])
-    own = held().made.group
+    own = held().handle.group
     return *found, dist.get_backend(own), own is dist.group.WORLD, dist.get_process_group_ranks(own)
 
 
@@ -102,7 +104,7 @@ def grown_after_a_capture() -> list[tuple[int, int, bool]]:
     assert run(ADD, 4, max_tokens=100) <= 1
     with captured():
         assert run(ADD, 4, max_tokens=100) <= 1
-    old.append(held().made)
+    old.append(held().handle)
     note()
     assert run(ADD, 100, 8192, max_tokens=100) <= 1
     note()
@@ -207,11 +209,11 @@ def zeros_given() -> tuple[bool, bool, bool, bool]:
             assert run(NORM, 3) <= 1
         zeros = all(not residual.any() for residual in given)
         one = len({residual.data_ptr() for residual in given}) == 1
-        graphs = weakref.ref(held().zeros[torch.bfloat16])
+        graphs = weakref.ref(held().zeros._buffers[torch.bfloat16])
         given.clear()
         assert run(NORM, 3000) <= 1  # beyond the first buffer
     gc.collect()
-    same = all(not each.any() for each in held().zeros.values())
+    same = all(not each.any() for each in held().zeros._buffers.values())
     return zeros, one, same, graphs() is not None and not graphs().any()
 
 

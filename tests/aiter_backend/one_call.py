@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fusion_aiter.kernels import KERNELS, Kernel
 from fusion_aiter.requirements import FP8
+from fusion_core import _cuda
+from fusion_core.fallback import fallen_back
 from fusion_core.patterns import CORE_PATTERNS
-from fusion_core.run_time import fallen_back
-from fusion_core.workspaces import per_group
+from fusion_core.vocabulary import all_reduce
 from fusion_core.workspaces.self_check import distance, exactly
 
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
@@ -51,7 +52,7 @@ def call(kernel: Kernel, tensors: dict[str, Tensor], group: str, *, bias: float 
     if kernel.quantization.endswith("fp8"):
         scalars.append(FP8[os.environ["GPU_ARCHS"]])
     if kernel.quantization == "group_fp8":
-        scalars += [GROUP_SIZE, transposed]
+        scalars += [GROUP_SIZE, "column_major" if transposed else "row_major"]
     operator = getattr(torch.ops.fusion_aiter, kernel.name)
     returned = operator(*tensors.values(), *scalars, group, max_tokens, one_stage)
     return dict(zip(kernel.outputs, returned if isinstance(returned, tuple) else (returned,), strict=True))
@@ -76,7 +77,8 @@ def run(name: str, tokens: int = 4, hidden: int = 512, dtype: torch.dtype = torc
     scalars |= {"weight_bias": bias} if kernel.gemma else {}
     scalars |= {"group_size": GROUP_SIZE} if kernel.quantization == "group_fp8" else {}
     pattern = PATTERNS[kernel.pattern]
-    return distance(pattern, results, exactly(pattern, tensors, scalars, group), {**tensors, **scalars})
+    exact = exactly(pattern, all_reduce(tensors["x"].double(), group), tensors, scalars)
+    return distance(pattern, results, exact, {**tensors, **scalars})
 
 
 def runs_fused(name: str, *sizes: int, **given: Any) -> bool:
@@ -115,7 +117,7 @@ def reasons(name: str, group: str = "") -> list[tuple[str, str]]:
 
 def captured() -> Any:
     """Inside, a CUDA graph is captured, as far as fusion-core can tell."""
-    return mock.patch.object(per_group, "capturing", return_value=True)
+    return mock.patch.object(_cuda, "is_capturing", return_value=True)
 
 
 def communicator_class() -> Any:

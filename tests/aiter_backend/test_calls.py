@@ -17,11 +17,10 @@ import pytest
 import torch
 
 import fusion_aiter
-from fusion_aiter import communicators, creation, library
+from fusion_aiter import creation, library
 from fusion_aiter.availability import CALLS
 from fusion_aiter.calls import call
-from fusion_aiter.communicators import Communicators
-from fusion_aiter.held import Held
+from fusion_aiter.communicators import Aiter
 from fusion_aiter.kernels import KERNELS, Form, allocate
 from fusion_aiter.source import Call
 from tests.aiter_backend import releases
@@ -111,20 +110,9 @@ def life() -> list[Made]:
         made = creation.create(
             "the model's group", X.device, 1 << 20, [{"made": 0, "token": "a"}, {"made": 0, "token": "b"}]
         )
-        held = Held(("0",), lambda: None, 2, X.device, "gfx950", made.communicator, made, 1 << 20)
-        ask(held)
+        assert Aiter().takes(made, SimpleNamespace(x=X)) is not None  # the recorder says no
         creation.free(made)
     return list(Recorder.made)
-
-
-def ask(held: Held) -> None:
-    """What `Communicators` asks a communicator before a call's first time: all sizes take the same question."""
-    own = Communicators()
-    groups = SimpleNamespace(get=lambda key, device: held)
-    with mock.patch.object(own, "groups", groups), mock.patch.object(communicators, "fell_back"):
-        for kernel in KERNELS:
-            held.checked |= {(kernel.name, X.dtype, stage, False): None for stage in (False, True)}
-            assert own._decide(kernel, X, "0", None, False) is None  # the recorder says no
 
 
 def everything() -> list[Made]:

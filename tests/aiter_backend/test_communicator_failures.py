@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fusion_aiter import creation
+from fusion_aiter import creation, library
+from fusion_aiter.communicators import MARGIN, Aiter
 from fusion_core.workers import WorkerPool
+from fusion_core.workspaces.facts import difference, facts_of, unreachable
 from tests.aiter_backend import failing_jobs, jobs
 from tests.aiter_backend.failing_jobs import TOKEN_FP8
 from tests.aiter_backend.jobs import ADD, NORM
@@ -89,22 +91,24 @@ def test_what_aiter_does_not_take_runs_unfused_on_all_ranks(two, given, fused, b
 def test_ranks_that_call_with_different_sizes_hear_of_it():
     with WorkerPool(2) as pool:
         for state in pool.run(jobs.on, "gfx950", failing_jobs.disagreeing):
-            assert "call is 'all_reduce of (4, 512)' on rank 0 and 'all_reduce of (5, 512)' on rank 1" in state
+            assert (
+                "call is 'aiter.all_reduce of (4, 512)' on rank 0 and 'aiter.all_reduce of (5, 512)' on rank 1" in state
+            )
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_a_rank_that_never_comes_holds_nobody_up(rank):
     with WorkerPool(2) as pool:
         outcomes = pool.run(jobs.on, "gfx950", failing_jobs.late, rank)
     assert outcomes.pop(rank)[0] == "late"
     ((state, took),) = outcomes
-    assert f"rank {rank} did not take part in what a communicator needs" in state
+    assert f"rank {rank} did not take part in what a workspace needs" in state
     assert took < 30
 
 
 FACTS = {
     "call": "all_reduce of (4, 512)", "max_size": 64 * MIB, "host": "a", "arch": "gfx950", "release": "v0.1.20 or later",
-    "AITER_CUSTOM_AR_MAX_SIZE": "", "AITER_CUSTOM_AR_MIN_SIZE": "", "gpu": "GPU-0", "index": 0, "made": 0,
+    "AITER_CUSTOM_AR_MAX_SIZE": "", "AITER_CUSTOM_AR_MIN_SIZE": "", "gpu": "GPU-0", "made": 0,
 }  # fmt: skip
 
 
@@ -113,10 +117,9 @@ FACTS = {
     [
         ({}, None),
         ({"made": 3}, None),
-        ({"index": 1}, None),
         ({"gpu": "GPU-0"}, "two ranks use one GPU, needs a GPU for each rank; call torch.cuda.set_device first"),
         ({"host": "b"}, "the group's ranks are on several hosts, needs one host, with its GPUs linked"),
-        ({"arch": "gfx942"}, "arch is 'gfx950' on rank 0 and 'gfx942' on rank 1, needs the same graphs, AITER, "),
+        ({"arch": "gfx942"}, "arch is 'gfx950' on rank 0 and 'gfx942' on rank 1, needs the same graphs, settings, "),
         ({"release": "v0.1.19.post2"}, "release is 'v0.1.20 or later' on rank 0 and 'v0.1.19.post2' on rank 1"),
         (
             {"call": "all_reduce of (5, 512)"},
@@ -127,8 +130,13 @@ FACTS = {
     ],
 )
 def test_what_must_not_differ_between_ranks(other, words):
-    reason = creation.disagreement([FACTS, {**FACTS, "gpu": "GPU-1", **other}])
+    reason = difference([FACTS, {**FACTS, "gpu": "GPU-1", **other}], Aiter.may_differ)
     assert (reason is None) if words is None else str(reason).startswith(words)
+
+
+def on_gpu(index):
+    """A call on that GPU, of which this machine has none."""
+    return SimpleNamespace(x=SimpleNamespace(device=torch.device("cuda", index)))
 
 
 @pytest.fixture
@@ -148,50 +156,54 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", free)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: {one, other} not in given["apart"])
-    monkeypatch.setattr(creation, "_default_store", lambda: "TCPStore")
-    monkeypatch.setattr(creation.library, "module", lambda: SimpleNamespace(IPCBufferPool=SimpleNamespace(_pool_seq=7)))
+    monkeypatch.setattr(creation, "default_store", lambda: "TCPStore")
+    monkeypatch.setattr(library, "module", lambda: SimpleNamespace(IPCBufferPool=SimpleNamespace(_pool_seq=7)))
     return given
 
 
 def test_gpus_that_are_not_linked(gpus):
-    ranks = [{**FACTS, "gpu": f"GPU-{index}", "index": index} for index in (0, 1, 3)]
+    ranks = [{**FACTS, "gpu": f"GPU-{index}"} for index in (0, 1, 3)]
     device = torch.device("cuda", 1)
-    assert creation.unreachable(device, ranks) is None
+    assert unreachable(ranks, device) is None
     gpus["apart"] = [{0, 2}]
-    assert creation.unreachable(device, ranks) is None
+    assert unreachable(ranks, device) is None
     gpus["apart"] = [{1, 3}]
-    assert str(creation.unreachable(device, ranks)) == "GPU 1 cannot access GPU 3, that of rank 2, needs linked GPUs"
-    assert creation.unreachable(torch.device("cuda", 0), ranks) is None, "the others find it, and all ranks agree"
-    assert creation.unreachable(torch.device("cpu"), ranks) is None
+    assert (
+        str(unreachable(ranks, device)) == "GPU 1 cannot access the memory of GPU 3, that of rank 2, needs linked GPUs"
+    )
+    assert unreachable(ranks, torch.device("cuda", 0)) is None, "the others find it, and all ranks agree"
+    assert unreachable(ranks, torch.device("cpu")) is None
 
 
 def test_a_gpu_that_this_process_cannot_see_is_not_asked_about(gpus):
     gpus["apart"] = [{0, other} for other in range(4)]
-    elsewhere = {**FACTS, "gpu": "GPU-of-another-process", "index": 0}
-    assert creation.unreachable(torch.device("cuda", 0), [FACTS, elsewhere]) is None
+    elsewhere = {**FACTS, "gpu": "GPU-of-another-process"}
+    assert unreachable([FACTS, elsewhere], torch.device("cuda", 0)) is None
 
 
 def test_what_a_rank_tells_the_others(gpus):
-    found, problem = creation.facts(torch.device("cuda", 2), 64 * MIB)
+    call = on_gpu(2)
+    found, problem = Aiter().facts(call, 64 * MIB)
     assert problem is None
-    assert (found["gpu"], found["index"], found["made"], found["max_size"]) == ("GPU-2", 2, 7, 64 * MIB)
-    again, _ = creation.facts(torch.device("cuda", 2), 64 * MIB)
+    assert (found["made"], found["max_size"]) == (7, 64 * MIB)
+    assert facts_of(call)["gpu"] == "GPU-2"
+    again, _ = Aiter().facts(call, 64 * MIB)
     assert found.pop("token") != again.pop("token")
     assert found == again
 
 
 def test_too_little_memory_is_found_before_aiter_ends_the_process(gpus):
-    device, needed = torch.device("cuda", 0), creation.memory(64 * MIB) + creation.MARGIN
+    call, needed = on_gpu(0), creation.memory(64 * MIB) + MARGIN
     assert creation.memory(64 * MIB) == 200 * MIB
     gpus["free"] = [needed]
-    assert creation.facts(device, 64 * MIB)[1] is None
+    assert Aiter().facts(call, 64 * MIB)[1] is None
     assert gpus["emptied"] == 0
     gpus["free"] = [needed - 1]
-    words = "263 MiB of GPU memory are free, and the communicator takes 200 MiB, needs more free memory; leave the model's allocator less, or set FusionConfig(max_tokens=...)"  # fmt: skip
-    assert str(creation.facts(device, 64 * MIB)[1]) == words
+    words = "263 MiB of GPU memory are free, and the workspace takes 200 MiB, needs more free memory; leave the model's allocator less, or set FusionConfig(max_tokens=...)"  # fmt: skip
+    assert str(Aiter().facts(call, 64 * MIB)[1]) == words
     assert gpus["emptied"] == 1
     gpus["free"] = [needed, needed - 1]  # what torch's cache held was enough
-    assert creation.facts(device, 64 * MIB)[1] is None
+    assert Aiter().facts(call, 64 * MIB)[1] is None
 
 
 # while one is made
@@ -201,9 +213,9 @@ def test_too_little_memory_is_found_before_aiter_ends_the_process(gpus):
 def test_a_communicator_that_aiter_disabled(two, ranks):
     outcomes = two(failing_jobs.constructor_fails, ranks, "disabled")
     first = "" if len(ranks) == 2 else f"rank {ranks[0]}: "
-    words = "making a communicator raised RuntimeError: AITER disabled its communicator; its log"
+    words = "making a workspace raised RuntimeError: AITER disabled its communicator; its log"
     # a rank that made one keeps it: its peer does not come to close it
-    unfused([outcome for outcome, *_ in outcomes], "communicator", first + words, left_open=(0, 1))
+    unfused([outcome for outcome, *_ in outcomes], "workspace", first + words, left_open=(0, 1))
     assert [outcome[4] for outcome, *_ in outcomes] == [int(rank not in ranks) for rank in (0, 1)]
     assert all(later for *_, later in outcomes)
 
@@ -212,19 +224,19 @@ def test_a_communicator_that_aiter_disabled(two, ranks):
 @pytest.mark.parametrize("kind", ["before", "after"])
 def test_one_rank_whose_communicator_does_not_come_up(two, rank, kind):
     outcomes = two(failing_jobs.constructor_fails, [rank], kind)
-    words = f"rank {rank}: making a communicator raised RuntimeError: hipIpc"
-    unfused([outcome for outcome, *_ in outcomes], "communicator", words, left_open=(0, 1))
+    words = f"rank {rank}: making a workspace raised RuntimeError: hipIpc"
+    unfused([outcome for outcome, *_ in outcomes], "workspace", words, left_open=(0, 1))
     for (*_, left), closed, later in outcomes:
         assert left + closed <= 1
         assert later
     assert closed == 0
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_a_communicator_that_cannot_grow_goes_on_as_it_is(two, rank):
     for fused, (state,), is_open in two(failing_jobs.growth_fails, rank):
         assert fused == [True, True, False, False, True]
-        assert state.startswith(f"rank {rank}: making a communicator raised RuntimeError: hipIpcOpenMemHandle")
+        assert state.startswith(f"rank {rank}: making a workspace raised RuntimeError: hipIpcOpenMemHandle")
         assert is_open
 
 
@@ -239,7 +251,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("ranks", [[0, 1], [1]])
+@pytest.mark.parametrize("ranks", [pytest.param([0, 1], marks=pytest.mark.nightly), [1]])
 @pytest.mark.parametrize(("name", "kind"), KINDS.items())
 def test_a_kernel_that_is_wrong_here_is_found_and_left_alone(two, name, kind, ranks):
     right = ["all_reduce", *(other for other, its in KINDS.items() if its != kind)]
@@ -249,13 +261,15 @@ def test_a_kernel_that_is_wrong_here_is_found_and_left_alone(two, name, kind, ra
     for (distance, ((code, words),), states, *_), others in outcomes:
         assert distance <= 1, "the model gets the unfused result"
         assert code == "self_check"
-        assert "in one stage gave results" in words
+        assert "in one stage) gave results" in words
         assert "times as far from float64 as its dtypes allow on this machine" in words
         assert states == [words]
         assert all(others), "the other kernels go on"
 
 
-@pytest.mark.parametrize("name", [TOKEN_FP8, "all_reduce_rms_norm_group_fp8_out"])
+@pytest.mark.parametrize(
+    "name", [TOKEN_FP8, pytest.param("all_reduce_rms_norm_group_fp8_out", marks=pytest.mark.nightly)]
+)
 def test_a_kernel_that_is_wrong_for_large_inputs_alone(older, name):
     kind = "token_fp8" if "token" in name else "group_fp8"
     for fused, checked, reasons in older(failing_jobs.wrong_when_large, name, kind):
@@ -263,7 +277,7 @@ def test_a_kernel_that_is_wrong_for_large_inputs_alone(older, name):
         assert checked == [257] * 3, "at the least size that it runs at"
         ((code, words),) = reasons
         assert code == "self_check"
-        assert "in two stages gave results" in words
+        assert "in two stages) gave results" in words
 
 
 def test_methods_that_give_nothing(two):
@@ -271,7 +285,7 @@ def test_methods_that_give_nothing(two):
         for distance, reasons, later in kernels:
             assert distance <= 1
             assert [code for code, _ in reasons] == ["self_check"]
-            assert "raised RuntimeError: AITER gave nothing" in reasons[0][1]
+            assert "raised RuntimeError: the kernel gave nothing" in reasons[0][1]
             assert not later
 
 

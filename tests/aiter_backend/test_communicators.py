@@ -8,6 +8,8 @@ from tests.aiter_backend import jobs
 from tests.aiter_backend.jobs import ADD, NORM
 
 MIB = 1 << 20
+POOLS = ("two", pytest.param("older", marks=pytest.mark.nightly))
+"""Of gfx950; and of gfx942, for which the calls are the same code with the other FP8 dtype."""
 
 
 def workers(arch, world_size):
@@ -68,7 +70,7 @@ def test_a_first_call_in_a_capture_runs_unfused_and_says_so(two, name):
         assert called == [], "nothing of AITER's was called"
         ((code, words),) = why
         assert code == "capture"
-        assert f"the first call of {name} on (4, 512) came while a CUDA graph was captured" in words
+        assert f"the first call of aiter.{name} of (4, 512) came while a CUDA graph was captured" in words
         assert known == 1, "what is known runs fused in a capture"
         assert others == known, "a kernel that was not checked does not"
         assert [code for code, _ in why_others] == ["capture"]
@@ -86,7 +88,7 @@ def test_rows_of_one_load(two):
 # how they are called
 
 
-@pytest.mark.parametrize("pool", ["two", "older"])
+@pytest.mark.parametrize("pool", POOLS)
 def test_every_call_is_by_keywords_and_never_registered(request, pool):
     for calls in request.getfixturevalue(pool)(jobs.everything):
         methods = {each["method"] for each in calls}
@@ -105,7 +107,7 @@ def test_every_call_is_by_keywords_and_never_registered(request, pool):
                 assert isinstance(each["kwargs"]["use_1stage"], bool)
 
 
-@pytest.mark.parametrize("pool", ["two", "older"])
+@pytest.mark.parametrize("pool", POOLS)
 def test_any_leading_dimensions_and_any_layout_of_scales(request, pool):
     for off in request.getfixturevalue(pool)(jobs.shapes):
         assert off == []
@@ -182,7 +184,7 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("pool", STAGES)
+@pytest.mark.parametrize("pool", [*POOLS, "four"])
 def test_the_number_of_stages(request, pool):
     table = STAGES[pool]
     for found in request.getfixturevalue(pool)(jobs.stages_run, [row[:4] for row in table]):

@@ -33,17 +33,25 @@ def run(arch: str, options: str, which: str) -> tuple[int, list[str]]:
 # gfx942 is the same code with the other FP8 dtype, which `test_seed_cases.py` and `test_model_numbers.py` run as well; and
 # one-stage kernels are the same calls with another flag, which `test_calls.py` compares whole.
 NOT_HERE = (
-    "it does not say that it is batch-invariant",
+    "it is not declared batch-invariant",
     "fusion_core does not find all_reduce_rms_norm_mxfp4 in compiled graphs yet",
     "fusion_core does not find all_reduce_add_rms_norm_mxfp4 in compiled graphs yet",
 )
+SHARED = re.compile(r"^aiter\.\w+ has the workspaces of aiter\.\w+, which are looked at there$")
+"""Faults of a workspace are tried with the first strategy that has it."""
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("arch", "options", "which", "least"),
     [
-        ("gfx950", "", "aiter.all_reduce] or add_rms_norm] or add_rms_norm_group_fp8]", 35),
+        # what fails on one rank has tests of its own, on more kinds of failures: `test_communicator_failures.py`
+        (
+            "gfx950",
+            "",
+            "(aiter.all_reduce] or add_rms_norm] or add_rms_norm_group_fp8]) and not goes_on_where_a_workspace_fails",
+            35,
+        ),
         pytest.param("gfx950", "", "", 150, marks=pytest.mark.nightly),
         pytest.param("gfx942", "aiter.one_stage", "", 150, marks=pytest.mark.nightly),
     ],
@@ -51,4 +59,4 @@ NOT_HERE = (
 def test_every_strategy_conforms(arch, options, which, least):
     passed, skipped = run(arch, options, which)
     assert passed >= least
-    assert not [why for why in skipped if not why.startswith(NOT_HERE)]
+    assert not [why for why in skipped if not (why.startswith(NOT_HERE) or SHARED.search(why))]

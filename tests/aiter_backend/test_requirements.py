@@ -1,133 +1,36 @@
 """What AITER's strategies accept and refuse, by the reasons' words; no GPU and no AITER is needed."""
 
-import sys
 from dataclasses import replace
 
 import pytest
-import torch
 
-import fusion_aiter.testing  # noqa: F401  # the kit imports it by itself for a backend that it tests
 from fusion_aiter.kernels import KERNELS
-from fusion_aiter.strategies import STRATEGIES, UNTESTED
-from fusion_core import Device, FusionConfig, TensorMeta
-from fusion_core.patterns import CORE_PATTERNS
-from fusion_core.samples.sites import resized, with_outputs
-from fusion_core.testing import example_site
+from fusion_core import Device
+from tests.aiter_backend.sites import (
+    ASKED,
+    E4M3,
+    E4M3FNUZ,
+    FP16,
+    FP32,
+    FP64,
+    MI355,
+    PLAIN,
+    STRATEGIES,
+    given,
+    hidden,
+    kernel_of,
+    live,
+    older,
+    said,
+    should_not,
+    site_of,
+    sized,
+    typed,
+    without,
+)
+from tests.support.symbols import symbolic
 
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-E4M3, E4M3FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
-MI300, MI355 = Device("cuda", "gfx942"), Device("cuda", "gfx950")
-MIB = 1 << 20
-PATTERNS = {pattern.name: pattern for pattern in CORE_PATTERNS}
-KERNEL = {f"aiter.{kernel.name}": kernel for kernel in KERNELS}
-PLAIN = [strategy for strategy in STRATEGIES if strategy.option is None]
-ASKED = [strategy for strategy in STRATEGIES if strategy.option is not None]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_imported():
-    assert "aiter" not in sys.modules
-    yield
-    assert "aiter" not in sys.modules
-
-
-def kernel_of(strategy):
-    return KERNEL[strategy.name.removesuffix("_one_stage")]
-
-
-def site_of(strategy):
-    """A site that the strategy can run, on gfx950 where it runs there."""
-    if strategy.option is None:
-        return example_site(PATTERNS[strategy.pattern], strategy, device=MI355)
-    plain = next(each for each in PLAIN if kernel_of(each) is kernel_of(strategy))
-    return older(example_site(PATTERNS[strategy.pattern], plain, device=MI355))
-
-
-def said(strategy, site):
-    return [str(reason) for reason in strategy.cannot(site, PATTERNS[strategy.pattern])]
-
-
-def should_not(strategy, site):
-    return [str(reason) for reason in strategy.should_not(site)]
-
-
-def given(site, **attributes):
-    return replace(site, attributes={**site.attributes, **attributes})
-
-
-def older(site):
-    """On gfx942, in its own FP8 format."""
-    site = replace(site, device=MI300)
-    return given(site, fp8_dtype=E4M3FNUZ) if "fp8_dtype" in site.attributes else site
-
-
-def typed(site, dtype, *names):
-    """The site with some of its tensors, or all, in another dtype."""
-    names = names or tuple(site.inputs)
-    inputs = {n: replace(meta, dtype=dtype) if n in names else meta for n, meta in site.inputs.items()}
-    return with_outputs(PATTERNS[site.pattern], replace(site, inputs=inputs), site.outputs)
-
-
-def sized(site, *shape):
-    return resized(PATTERNS[site.pattern], site, shape)
-
-
-def live(site, *names):
-    return with_outputs(PATTERNS[site.pattern], site, (*site.outputs, *names))
-
-
-def without(site, name):
-    return replace(site, inputs={n: meta for n, meta in site.inputs.items() if n != name})
-
-
-def hidden(site, width):
-    """The site with rows of another width; its definition need not take it."""
-    inputs = {n: replace(m, shape=(*m.shape[:-1], width), stride=None) for n, m in site.inputs.items()}
-    return replace(site, inputs=inputs)
-
-
-# what there is
-
-
-def test_a_plain_strategy_for_every_kernel_and_one_to_ask_for_where_there_are_stages():
-    starts = ("all_reduce_rms_norm", "all_reduce_add_rms_norm")
-    ends = ("", "_token_fp8", "_token_fp8_out", "_group_fp8", "_group_fp8_out", "_mxfp4", "_mxfp4_out")
-    fused = {f"aiter.{start}{end}" for start in starts for end in ends}
-    assert [len(PLAIN), len(ASKED)] == [15, 14]
-    assert {strategy.name for strategy in PLAIN} == {"aiter.all_reduce", *fused}
-    assert {strategy.name for strategy in ASKED} == {f"{name}_one_stage" for name in fused}
-    for strategy in STRATEGIES:
-        assert strategy.pattern == strategy.name.removeprefix("aiter.").removesuffix("_one_stage").removesuffix("_out")
-    kinds = {"static_fp8", "nvfp4"}
-    lacking = {f"{start}_{kind}" for start in starts for kind in kinds}
-    assert {strategy.pattern for strategy in PLAIN} == PATTERNS.keys() - lacking
-
-
-def test_nobody_ran_any_of_them_on_hardware():
-    assert UNTESTED
-    assert {strategy.untested for strategy in STRATEGIES} == {UNTESTED}
-
-
-def test_options_are_off_unless_switched_on():
-    for strategy in PLAIN:
-        assert strategy.switched_off(FusionConfig()) == ()
-    for strategy in ASKED:
-        assert strategy.switch == "aiter.one_stage"
-        (reason,) = strategy.switched_off(FusionConfig())
-        assert str(reason).startswith("the option aiter.one_stage is off")
-        assert strategy.switched_off(FusionConfig(options=("aiter.one_stage",))) == ()
-
-
-def test_what_is_preferred():
-    """What the user asked for before what he did not; without the norm before with it."""
-    for pattern in {strategy.pattern for strategy in STRATEGIES}:
-        ranks = {strategy.name: strategy.rank for strategy in STRATEGIES if strategy.pattern == pattern}
-        assert len(set(ranks.values())) == len(ranks)
-        for name, rank in ranks.items():
-            if name.endswith("_one_stage"):
-                assert rank > ranks[name.removesuffix("_one_stage")]
-            if "_out" in name:
-                assert rank < ranks[name.replace("_out", "")]
+pytestmark = pytest.mark.usefixtures("nothing_is_imported")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
@@ -176,9 +79,6 @@ def test_a_weight_bias_of_1_where_there_is_a_kernel_of_gemmas():
     assert {s.name for s in PLAIN if "weight_bias" in site_of(s).attributes and said(s, given(site_of(s), weight_bias=1.0)) == []} == {
         f"aiter.{kernel.name}" for kernel in KERNELS if kernel.norms and kernel.quantization in ("", "token_fp8")
     }  # fmt: skip
-
-
-# what is refused
 
 
 def everywhere(kernel):
@@ -302,23 +202,6 @@ def test_rows_of_two_stages_are_shared_evenly(ranks, width, fits):
             assert (said(strategy, site) == []) == fits
 
 
-def symbolic(rows, width, which=0):
-    """A tensor of which one size is a real backed symbol, and its environment."""
-    from torch._dynamo.source import ConstantSource
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
-    env = ShapeEnv()
-    dynamic = [DimDynamic.STATIC, DimDynamic.STATIC]
-    dynamic[which] = DimDynamic.DYNAMIC
-    fake = FakeTensorMode(shape_env=env).from_tensor(
-        torch.empty(rows, width, dtype=BF16),
-        symbolic_context=StatelessSymbolicContext(dynamic),
-        source=ConstantSource("x"),
-    )
-    return env, TensorMeta.of(fake)
-
-
 def test_a_hidden_size_known_only_at_run_time_is_refused():
     for strategy in STRATEGIES:
         env, x = symbolic(4, 512, which=1)
@@ -330,39 +213,3 @@ def test_a_hidden_size_known_only_at_run_time_is_refused():
                 "x.shape[-1] a multiple of 8 depends on a size that is known only at run time" in w for w in words
             )
         assert not env.guards
-
-
-# what is worthwhile
-
-
-def test_more_than_64_mib_is_left_to_rccl():
-    for strategy in PLAIN:
-        site = site_of(strategy)
-        assert should_not(strategy, sized(site, 4096, 8192)) == []
-        (words,) = should_not(strategy, sized(site, 8192, 8192))
-        assert words == (
-            "x has 128 MiB on 2 ranks of cuda (gfx950), needs over 0 up to 64 MiB, as AITER's own callers have it; "
-            "fusion-core tune measures it on this machine"
-        )
-        assert said(strategy, sized(site, 8192, 8192)) == [], "right it would be"
-
-
-@pytest.mark.parametrize("rows", [4, 100000], ids=["small", "larger than any limit"])
-def test_a_run_time_number_of_rows_guards_nothing(rows):
-    for strategy in PLAIN:
-        env, x = symbolic(rows, 512)
-        site = site_of(strategy)
-        site = replace(site, inputs={n: x if n in ("x", "residual") else meta for n, meta in site.inputs.items()})
-        assert said(strategy, site) == []
-        assert should_not(strategy, site) == [], "the choice is made when it runs"
-        assert env.guards == [], "a guard would compile the graph again for other token counts"
-
-
-def test_what_nobody_has_measured_is_not_used():
-    site = site_of(PLAIN[0])
-    for changed in (replace(site, world_size=16), replace(site, device=Device("cuda", "sm_90"))):
-        (words,) = should_not(PLAIN[0], changed)
-        assert words == (
-            f"nobody has measured it to be faster on {changed.world_size} ranks of {changed.device}, needs a "
-            "measurement; fusion-core tune measures it on this machine"
-        )

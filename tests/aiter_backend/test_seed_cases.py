@@ -17,6 +17,7 @@ import torch
 
 from fusion_core.workers import WorkerPool
 from tests.aiter_backend import seed_jobs as jobs
+from tests.aiter_backend.seed_models import FP8
 
 PLAIN, ADD = "all_reduce_rms_norm", "all_reduce_add_rms_norm"
 QUANT, INDEXER, NO_ADD = (
@@ -38,7 +39,10 @@ CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "AllReduceFusedAddGemmaRMSNormPattern": (ADD, "normed residual_out", {"gemma_norm": True}),
 }
 ROWS = [
-    (name, spelling, {"vllm": "aiter", "torch": "torch"}[spelling] if "Quant" in name else "")
+    pytest.param(
+        (name, spelling, {"vllm": "aiter", "torch": "torch"}[spelling] if "Quant" in name else ""),
+        marks=[] if spelling == "vllm" else [pytest.mark.nightly],  # `test_two_layers` has these kernels in plain torch
+    )
     for name in CLASSES
     for spelling in ("vllm", "torch")
 ]
@@ -85,7 +89,7 @@ def call(arch: str, own: dict[str, Any], *, one_stage: bool, tokens: int = 6, hi
     if "emit_bf16" in own:
         stride = (1, tokens) if own.get("transpose_scale") else None
         scale = tensor(*scales, dtype=torch.float32, stride=stride)
-        outputs = (tensor(tokens, hidden, dtype=jobs.FP8[arch]), rows, scale, *((rows,) if own["emit_bf16"] else ()))
+        outputs = (tensor(tokens, hidden, dtype=FP8[arch]), rows, scale, *((rows,) if own["emit_bf16"] else ()))
     given = {"inp": rows, "res_inp": rows, "w": tensor(hidden), "eps": 1e-6, "registered": False}
     kwargs = given | {"use_1stage": one_stage} | own
     return {"method": method, "args": (), "kwargs": kwargs, "outputs": outputs, "error": None}
@@ -103,7 +107,7 @@ def check(
     assert max(seen.off.values()) < 1, seen.off
 
 
-@pytest.mark.parametrize("row", ROWS, ids=" ".join)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(row))
 def test_a_class_becomes_one_call_of_aiter(box, row):
     arch, two = box
     kernel, live, own = CLASSES[row[0]]
@@ -133,7 +137,7 @@ def test_the_classes_other_quantiser(box, name):
 @pytest.mark.parametrize("box", ["gfx950"], indirect=True)  # Inductor's C++ for CPUs is slow to compile
 @pytest.mark.parametrize(
     ("name", "spelling", "quantiser"),
-    [(INDEXER, "vllm", "aiter"), (QUANT, "torch", "torch transposed")],
+    [(INDEXER, "vllm", "aiter"), pytest.param(QUANT, "torch", "torch transposed", marks=pytest.mark.nightly)],
 )
 def test_by_the_public_door(box, name, spelling, quantiser):
     """`fusion_core.compile`, Inductor's code generation included."""
@@ -180,20 +184,18 @@ def test_mxfp4_by_hand(box, pattern, emits):
     ("name", "spelling", "quantiser", "why", "gemma", "left"),
     [
         (QUANT, "vllm", "aiter transposed", "_group_fp8: transpose_scale of vllm::rocm_aiter_group_fp8_quant is True, needs False", False, "vllm::rocm_aiter_group_fp8_quant"),
-        (QUANT, "torch", "torch to 224", "_group_fp8: fp8_max is 224.0, needs {largest}", False, ""),
+        pytest.param(QUANT, "torch", "torch to 224", "_group_fp8: fp8_max is 224.0, needs {largest}", False, "", marks=pytest.mark.nightly),
         (QUANT, "torch", "torch to 224 in the other format", "_group_fp8: fp8_dtype is {other}, needs {native}", False, ""),
-        ("Gemma with group quantisation", "vllm", "aiter", "_group_fp8: weight_bias is 1.0, needs 0.0", True, "vllm::rocm_aiter_group_fp8_quant"),
+        pytest.param("Gemma with group quantisation", "vllm", "aiter", "_group_fp8: weight_bias is 1.0, needs 0.0", True, "vllm::rocm_aiter_group_fp8_quant", marks=pytest.mark.nightly),
         (QUANT, "vllm", "flashinfer mxfp4", "_mxfp4: scale_rounding is up, needs even", False, "flashinfer::fp4_quantize"),
-        (QUANT, "torch", "torch mxfp4", "_mxfp4: nothing in this graph reads as quantize_mxfp4", False, ""),
+        pytest.param(QUANT, "torch", "torch mxfp4", "_mxfp4: nothing in this graph reads as quantize_mxfp4", False, "", marks=pytest.mark.nightly),
     ],
 )  # fmt: skip
 def test_a_quantisation_that_no_kernel_has_is_left_behind_the_fused_norm(
     box, name, spelling, quantiser, why, gemma, left
 ):
     arch, two = box
-    native, other = (
-        str(dtype).removeprefix("torch.") for dtype in sorted(jobs.FP8.values(), key=lambda d: d != jobs.FP8[arch])
-    )
+    native, other = (str(dtype).removeprefix("torch.") for dtype in sorted(FP8.values(), key=lambda d: d != FP8[arch]))
     why = why.format(largest="240" if arch == "gfx942" else "448", native=native, other=other)
     for seen in two.run(jobs.one, arch, name, spelling, quantiser):
         assert f"aiter.{ADD}{why}" in seen.reasons
@@ -260,6 +262,7 @@ def test_two_layers_become_five_calls_in_their_order(box, spelling, quantiser):
     block(*box, spelling, quantiser)
 
 
+@pytest.mark.nightly  # `test_by_the_public_door` has one layer
 @pytest.mark.parametrize("box", ["gfx950"], indirect=True)
 def test_two_layers_by_the_public_door(box):
     block(*box, "vllm", "triton", public=True)

@@ -29,7 +29,7 @@ def test_gain_is_of_the_medians_and_its_range_of_single_rounds():
             None,
             "with and without fusion_core differ by 0.11 of the largest magnitude, needs at most 0.1",
         ),
-        ({"difference": math.inf}, None, "differ by no number"),
+        ({"difference": math.inf}, None, "differ in shape or in where they are finite"),
         ({"difference": None, "repeated": None}, None, ""),
         ({"difference": 0.5, "repeated": 0.5}, None, "two calls without fusion_core differ by 0.5"),
         ({"repeated": 0.5}, None, "has to rewind it"),

@@ -31,7 +31,7 @@ def test_several_strategies_are_counted(capsys):
 def test_a_difference_that_is_none(capsys):
     lines = grid(capsys, row(difference=None), row(difference=math.inf))
     assert lines[0].endswith("not compared")
-    assert lines[1].endswith("no number")
+    assert lines[1].endswith("not finite")
 
 
 def test_drawing():
@@ -56,12 +56,12 @@ def test_notes():
     fell_back = Fusion(8, 7, {"a.x": 7}, ("a.y: no memory is left, needs more",), ())
     assert notes(row(fusion=fell_back)) == [
         "batch 8: a.y: no memory is left, needs more",
-        "not every place was fused: --json has the reports that say why, fusion-core explain shows one",
+        "not every site was fused: --json has the reports with the reasons, fusion-core explain shows one",
     ]
     assert "CUDA graphs were skipped 3 times" in notes(row(cudagraph_skips=3))[0]
     assert "no all_reduce in the graph" in notes(row(fusion=Fusion(0, 0, {}, (), ())))[0]
     assert "times on a CPU" in notes(row(), device="cpu")[0]
     assert notes(row(), left_out=(32, 128)) == ["left out, as --budget 60 had no time for it: batch 32, 128"]
     assert notes(row(batch=1), row(batch=8), row(batch=32, new_graph=False), dynamic=True)[0].startswith(
-        "a graph was compiled anew for batch 8:"
+        "another graph was compiled for batch 8:"
     )

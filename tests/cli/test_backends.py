@@ -26,11 +26,11 @@ def test_json(run):
     assert answer.keys() == {"device", "order", "backends", "failures", "status", "config"}
     assert answer["order"] == [backend["name"] for backend in answer["backends"]]
     reference = answer["backends"][-1]
-    assert reference.keys() == {"name", "distribution", "strategies", "usable", "reasons"}
+    assert reference.keys() == {"name", "distribution", "strategies", "variants", "usable", "reasons"}
     assert reference["name"] == "reference"
     assert reference["usable"] is True
     assert reference["reasons"] == []
-    assert reference["strategies"] > 0
+    assert 0 < reference["strategies"] < reference["variants"]
     flashinfer = next(backend for backend in answer["backends"] if backend["name"] == "flashinfer")
     assert flashinfer["usable"] is False
     assert {reason["code"] for reason in flashinfer["reasons"]} >= {"device"}

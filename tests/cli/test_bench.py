@@ -47,7 +47,7 @@ def test_a_shape_as_table_and_plot(tmp_path):
     drawn = [line for line in lines if line.endswith("x")]
     assert [line.split()[0] for line in drawn] == ["1", "4"]
     assert all("|" in line and line.isascii() for line in drawn)
-    assert lines[-1].startswith("times on a CPU say nothing")
+    assert lines[-1].startswith("times on a CPU do not predict")
     assert len([line for line in lines if line.startswith("batch")]) == 1  # rank 0 alone speaks
     assert "tiny, 1 layer, context 16, 2 ranks" in plot.read_text()
     assert "Timeout" not in done.stderr

@@ -36,7 +36,10 @@ def test_support(run):
     lines = run("patterns", "--support").stdout.splitlines()
     assert lines[0].startswith("| pattern | ")
     assert lines[0].endswith("| reference |")
-    assert len(lines) == 2 + len(CORE_PATTERNS)
+    assert lines.index("") == 2 + len(CORE_PATTERNS)
+    assert [line for line in lines if line.startswith("## ")] == [
+        f"## {name}" for name in lines[0].strip("| ").split(" | ")[1:]
+    ]
     answer = json.loads(run("patterns", "--support", "--json").stdout)["support"]
     assert answer["all_reduce"]["reference"]["reference.all_reduce"] == []
 

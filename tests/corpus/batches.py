@@ -1,4 +1,4 @@
-"""Rows a dozen to one graph: what a compilation costs hangs little on how much is compiled.
+"""Many rows to one graph: what a compilation costs depends little on how much is compiled.
 
 Each row has tensors of its own there. A graph that cannot be compiled or run, or that has other than its rows' sites,
 is given up for one graph a row: the row at fault fails by its name, and the others do not.
@@ -20,7 +20,7 @@ from tests.corpus.case import Case, NearMiss
 from tests.corpus.placing import Placed, named, placed
 from tests.support.graphs import fuse
 
-MOST = 12
+MOST = 32
 
 Row = Case | NearMiss
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class Outcome:
 
 
 def batches(rows: Iterable[Row]) -> list[tuple[Row, ...]]:
-    """Rows by the dozen; those with symbols for sizes apart, each kind for itself."""
+    """Rows by the `MOST`; those with symbols for sizes apart, each kind for itself."""
     kinds: dict[object, list[Row]] = {}
     for row in rows:
         kinds.setdefault((row.dynamic, bool(row.given.dynamic), bool(row.given.unbacked)), []).append(row)

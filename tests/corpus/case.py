@@ -24,6 +24,7 @@ FNUZ = torch.float8_e4m3fnuz
 BARE = "all_reduce"
 PLAIN = "all_reduce_rms_norm"
 ADD = "all_reduce_add_rms_norm"
+SANDWICH = "all_reduce_rms_norm_add_rms_norm"
 
 NORMED, RESIDUAL, REDUCED = {"normed"}, {"residual_out"}, {"reduced"}
 BOTH = NORMED | RESIDUAL
@@ -110,6 +111,7 @@ class NearMiss:
         given: The tensors that it is run with.
         others: Patterns of the graph's other all_reduces, before and behind the row's own.
         dynamic: Compiled with every size, and every float that is not a literal, a symbol.
+        by_casts: The difference is a rounding alone.
     """
 
     name: str
@@ -120,6 +122,7 @@ class NearMiss:
     given: Given = Given()
     others: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     dynamic: bool = False
+    by_casts: bool = False
 
 
 def reduce(x: Tensor, op: str = "sum") -> Tensor:

@@ -10,9 +10,11 @@ from tests.corpus.case import (
     AFTER,
     BARE,
     BOTH,
+    EPS,
     NORMED,
     PLAIN,
     REDUCED,
+    SANDWICH,
     Case,
     Given,
     N,
@@ -23,6 +25,8 @@ from tests.corpus.case import (
 
 STREAM = Given(residual=torch.float32)
 FOURTH = Given(more=(lambda: torch.linspace(-1, 1, 6 * N).view(2, 3, N).bfloat16(),))
+POST = {"post_eps": EPS, "post_weight_bias": 0.0, "post_norm_dtype": None}
+TAKEN_APART = {**AFTER, "reassociated": True}
 UNROUNDED = {**AFTER, "norm_of_unrounded_sum": True}
 
 
@@ -79,7 +83,27 @@ def parallel_block(x: Tensor, r: Tensor, w: Tensor, more: Tensor) -> Any:
     return norm(total, w), total
 
 
+def sandwich(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    """Gemma 2 and GLM-4 norm the branch, add it, and norm the sum again."""
+    total = norm(reduce(x), w) + r
+    return norm(total, w), total
+
+
+def gemma_sandwich(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    def gemma(h: Tensor) -> Tensor:
+        wide = h.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * (1.0 + w.float())).to(h.dtype)
+
+    total = r + gemma(reduce(x))
+    return gemma(total), total
+
+
 CASES = [
+    Case("norm before and after the residual", sandwich, SANDWICH, BOTH, {**AFTER, **POST}),
+    Case("norm before and after, Gemma's", gemma_sandwich, SANDWICH, BOTH, {**POST, "weight_bias": 1.0, "post_weight_bias": 1.0}),
+    Case("norm before and after, the first one live", lambda x, r, w: (norm(s := (n := norm(reduce(x), w)) + r, w), s, n * 2), SANDWICH, BOTH | {"post_normed"}, {**AFTER, **POST}),
+    Case("norm before and after, the sums dead", lambda x, r, w: norm(norm(reduce(x), w) + r, w), SANDWICH, NORMED, {**AFTER, **POST}),
+    Case("norm before and after, another epsilon", lambda x, r, w: (norm(s := norm(reduce(x), w, 1e-3) + r, w), s), SANDWICH, BOTH, {**AFTER, **POST, "post_eps": 1e-3}),
     Case("first norm, no residual", lambda x, r, w: norm(reduce(x), w), PLAIN, NORMED, AFTER),
     Case("first norm, the sum is the next residual", lambda x, r, w: (norm(a := reduce(x), w), a + 1), PLAIN, NORMED | REDUCED, AFTER),
     Case("first norm of the flattened sum", lambda x, r, w: (norm(a := reduce(x).view(-1, N), w), a), PLAIN, NORMED | REDUCED, AFTER),
@@ -91,6 +115,17 @@ CASES = [
     Case("a cast of the sum used elsewhere", lambda x, r, w: (norm(s := r + reduce(x), w), s.float() * 2), ADD, BOTH, AFTER),
     Case("a view of the sum used elsewhere", lambda x, r, w: (norm(s := r + reduce(x), w), s.view(-1, N) @ s.view(-1, N).T), ADD, BOTH, AFTER),
     Case("the residual is used again", lambda x, r, w: (norm(s := r + reduce(x), w), s, r * 2), ADD, BOTH, AFTER),
+    Case("scaled residual", lambda x, r, w: (norm(s := r * 0.5 + reduce(x), w), s), ADD, BOTH, AFTER),
+    Case("residual scaled by alpha", lambda x, r, w: (norm(s := torch.add(reduce(x), r, alpha=0.5), w), s), ADD, BOTH, AFTER),
+    Case("residual subtracted", lambda x, r, w: (norm(s := reduce(x) - r, w), s), ADD, BOTH, AFTER),
+    Case("a bias behind the sum", lambda x, r, w: (norm(s := r + (reduce(x) + w), w), s), ADD, BOTH, TAKEN_APART),
+    Case("a bias of two dimensions behind the sum", lambda x, r, w: (norm(s := (reduce(x) + w.view(1, -1)) + r, w), s), ADD, BOTH, TAKEN_APART),
+    Case("a bias behind the sum, flattened", lambda x, r, w: (norm(s := r.view(-1, N) + (reduce(x) + w).view(-1, N), w), s), ADD, BOTH, TAKEN_APART),
+    Case("a bias on the residual's side", lambda x, r, w: (norm(s := reduce(x) + (r + w), w), s), ADD, BOTH, AFTER),
+    Case("a bias on each side", lambda x, r, w: (norm(s := (reduce(x) + w) + (r - 2 * w), w), s), ADD, BOTH, TAKEN_APART),
+    Case("a scaled adapter behind the sum", lambda x, r, w, more: (norm(s := r + (reduce(x) + more * 2.0), w), s), ADD, BOTH, TAKEN_APART, FOURTH),
+    Case("an adapter scaled by a tensor", lambda x, r, w, more: (norm(s := r + (reduce(x) + more * w), w), s), ADD, BOTH, TAKEN_APART, FOURTH),
+    Case("four addends", lambda x, r, w, more: (norm(s := ((w + reduce(x)) - more) + r * 0.5, w), s), ADD, BOTH, TAKEN_APART, FOURTH),
     Case("norm dead", lambda x, r, w: r + reduce(x), BARE, REDUCED),
     Case("torch.add", lambda x, r, w: (norm(s := torch.add(r, reduce(x)), w), s), ADD, BOTH, AFTER),
     Case("alpha=1", lambda x, r, w: (norm(s := torch.add(reduce(x), r, alpha=1), w), s), ADD, BOTH, AFTER),

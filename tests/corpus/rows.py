@@ -2,7 +2,15 @@
 
 import pytest
 
-from tests.corpus import all_reduces, near_misses, norms, quantisation, residuals, shapes
+from tests.corpus import (
+    all_reduces,
+    near_misses,
+    norms,
+    quantisation,
+    quantisation_near_misses,
+    residuals,
+    shapes,
+)
 
 TOPICS = (norms, residuals, all_reduces, quantisation, shapes, near_misses)
 CASES = [
@@ -10,5 +18,6 @@ CASES = [
     for topic in TOPICS
     for case in topic.CASES
 ]
-NEAR_MISSES = [pytest.param(miss, id=miss.name) for miss in near_misses.NEAR_MISSES]
-ROWS = [*(case for topic in TOPICS for case in topic.CASES), *near_misses.NEAR_MISSES]
+_MISSES = [*near_misses.NEAR_MISSES, *quantisation_near_misses.NEAR_MISSES]
+NEAR_MISSES = [pytest.param(miss, id=miss.name) for miss in _MISSES]
+ROWS = [*(case for topic in TOPICS for case in topic.CASES), *_MISSES]

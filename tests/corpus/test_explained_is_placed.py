@@ -21,7 +21,7 @@ from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.vocabulary.fp4 import dequantize_mxfp4, dequantize_nvfp4
 from tests.corpus import judging
 from tests.corpus.batches import Outcome, given, together
-from tests.corpus.case import ADD, BARE, WIDE, Case, Given, reduce
+from tests.corpus.case import ADD, BARE, SANDWICH, WIDE, Case, Given, reduce
 from tests.corpus.placing import Placed, named, placed
 from tests.dialects.test_flashinfer import MXFP4, quantize
 from tests.properties.jobs import excess
@@ -35,6 +35,10 @@ def chain(pattern: str) -> Callable[..., Any]:
 
     def model(x: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
         total = r + reduce(x) if pattern.startswith(ADD) else reduce(x)
+        if pattern == SANDWICH:
+            total = r + w * (torch.rsqrt(total.float().pow(2).mean(-1, keepdim=True) + 1e-6) * total.float()).to(
+                total.dtype
+            )
         if pattern == BARE:
             return total * 2
         wide = total.float()
@@ -55,7 +59,11 @@ def chain(pattern: str) -> Callable[..., Any]:
 
 
 TENSORS = Given(shape=(3, WIDE), more=(lambda: torch.tensor([0.05]),))
-ONE_OF_EACH = [Case(pattern.name, chain(pattern.name), pattern.name, given=TENSORS) for pattern in CORE_PATTERNS]
+ONE_OF_EACH = [  # `tests/sharded` has those that start from an all_gather
+    Case(pattern.name, chain(pattern.name), pattern.name, given=TENSORS)
+    for pattern in CORE_PATTERNS
+    if pattern.collective == BARE
+]
 
 
 @dataclass
@@ -70,7 +78,9 @@ class Whole:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((torch.no_grad, False), id="no_grad-static"),
+        pytest.param(
+            (torch.no_grad, False), id="no_grad-static", marks=pytest.mark.nightly
+        ),  # the README's program is so
         pytest.param((torch.inference_mode, True), id="inference_mode-dynamic"),
         pytest.param((torch.no_grad, True), id="no_grad-dynamic", marks=pytest.mark.nightly),
         pytest.param((torch.inference_mode, False), id="inference_mode-static", marks=pytest.mark.nightly),

@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusion_core import SiteReport
-from tests.corpus import judging, spellings
+from tests.corpus import judging, parts, quantised
 from tests.corpus.case import BARE, Given
-from tests.corpus.spellings import HIDDEN, RESIDUALS, UNROUNDED, WRONG, Quantisation, Spelling
+from tests.corpus.parts import HIDDEN, RESIDUALS, UNROUNDED
+from tests.corpus.quantised import Quantisation
+from tests.corpus.spellings import WRONG, Spelling
+from tests.corpus.wrong_turns import QUANTISATION_TURNS
 from tests.support.graphs import fuse
 
 pytestmark = pytest.mark.usefixtures("groups")
@@ -33,20 +36,20 @@ epsilons = st.one_of(names((1e-5, 1e-6)), st.floats(math.log(1e-9), math.log(1e-
 def quantisations(draw: st.DrawFn) -> Quantisation:
     kind = draw(names(("static", "token", "group")))
     dtype = draw(names(tuple(MOST)))
-    clamp = draw(names(tuple(spellings.CLAMPS)))
+    clamp = draw(names(tuple(quantised.CLAMPS)))
     dynamic = kind != "static"
     return Quantisation(
         kind=kind,
         dtype=dtype,
         # a static scale says nothing of the largest code: without a clamp it is the dtype's own
         largest=draw(names(MOST[dtype])) if dynamic or clamp != "none" else torch.finfo(dtype).max,
-        scaling=draw(names(tuple(spellings.SCALES))),
+        scaling=draw(names(tuple(quantised.SCALES))),
         clamp=clamp,
-        maximum=draw(names(tuple(spellings.MAXIMA))) if dynamic else "abs().amax",
-        least=draw(st.none() | st.tuples(names(tuple(spellings.LEASTS)), names((1e-12, 1e-4)))) if dynamic else None,
+        maximum=draw(names(tuple(quantised.MAXIMA))) if dynamic else "abs().amax",
+        least=draw(st.none() | st.tuples(names(tuple(quantised.LEASTS)), names((1e-12, 1e-4)))) if dynamic else None,
         size=draw(names((64, 32))) if kind == "group" else 64,
         groups=draw(names(("last", "flat"))) if kind == "group" else "last",
-        power=draw(st.none() | names(tuple(spellings.POWERS))) if kind == "group" else None,
+        power=draw(st.none() | names(tuple(quantised.POWERS))) if kind == "group" else None,
     )
 
 
@@ -56,7 +59,7 @@ def right(draw: st.DrawFn) -> Spelling:
     quantisation = draw(st.none() | quantisations())
     residual = draw(st.none() | names((*RESIDUALS, UNROUNDED)))
     dtype = draw(names((torch.bfloat16, torch.float16, torch.float32)))
-    cast = draw(names(spellings.CASTS))
+    cast = draw(names(parts.CASTS))
     outputs = ("normed", "reduced") if residual is None else ("normed", "residual_out", "reduced")
     live = draw(st.sets(names(outputs)))
     live |= {"quantized"} if quantisation else {"normed"}
@@ -66,16 +69,16 @@ def right(draw: st.DrawFn) -> Spelling:
         live |= {"scale"}
     return Spelling(
         residual=residual,
-        mean=draw(names(tuple(spellings.MEANS))),
-        shift=draw(names(tuple(spellings.SHIFTS))),
+        mean=draw(names(tuple(parts.MEANS))),
+        shift=draw(names(tuple(parts.SHIFTS))),
         eps=draw(epsilons),
-        inverse=draw(names(tuple(spellings.INVERSES))),
-        narrow=draw(names(tuple(spellings.NARROW_PRODUCTS))),
-        product=draw(names(tuple(spellings.PRODUCTS))),
-        weight=draw(st.none() | names(tuple(spellings.WEIGHTS))),
+        inverse=draw(names(tuple(parts.INVERSES))),
+        narrow=draw(names(tuple(parts.NARROW_PRODUCTS))),
+        product=draw(names(tuple(parts.PRODUCTS))),
+        weight=draw(st.none() | names(tuple(parts.WEIGHTS))),
         cast=cast,
         double=cast != "never round" and draw(st.booleans()),
-        view=draw(names(tuple(spellings.VIEWS))),
+        view=draw(names(tuple(parts.VIEWS))),
         quantisation=quantisation,
         live=tuple(sorted(live)),
         dtype=dtype,
@@ -88,7 +91,7 @@ def wrong(draw: st.DrawFn) -> Spelling:
     turn = draw(names(tuple(WRONG)))
     spelling = draw(right().filter(WRONG[turn].fits))
     live = set(spelling.live)
-    if turn in spellings.QUANTISATION_TURNS:  # their scales have shapes of their own
+    if turn in QUANTISATION_TURNS:  # their scales have shapes of their own
         live -= {"scale"}
     if turn == "another scale than the one given":
         live |= {"scale"}
@@ -144,7 +147,7 @@ def check_values(spelling: Spelling, make: Given, results: dict[str, Tensor]) ->
     exact = judging.in_float64(spelling, tuple(tensor.double() for tensor in inputs))
     assert list(results) == list(plain)
     dynamic = "scale" in results
-    powers = dynamic and spelling.quantisation.power and spelling.wrong not in spellings.QUANTISATION_TURNS
+    powers = dynamic and spelling.quantisation.power and spelling.wrong not in QUANTISATION_TURNS
     for name in results:
         got, unfused, oracle = results[name], plain[name], exact[name]
         assert (got.dtype, got.shape) == (unfused.dtype, unfused.shape)

@@ -1,7 +1,7 @@
 """The documentation shows what the code does: hooks, requirements, included code, examples, links.
 
 ``python tests/docs/test_docs.py`` renews the code that pages include and the tables that they print; with ``models``,
-that of docs/models.md as well, which takes a minute or two. `tests/models/test_families.py` compares that one.
+that of docs/models.md as well, which takes some ten minutes. `tests/models/test_families.py` compares that one.
 """
 
 import ast
@@ -21,18 +21,18 @@ import pytest
 
 import fusion_core
 from fusion_core import Requirement
-from fusion_core.plugins import hookspecs, known_faster, requirements, token_counts
+from fusion_core.plugins import hookspecs, known_faster, requirements, size_requirements, token_counts
 from fusion_core.testing import CHECKS
 from tests.test_requirements import CASES
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
 EXAMPLE = ROOT / "examples" / "third_party_backend"
-PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", EXAMPLE / "README.md"])
+PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", *(ROOT / "examples").glob("*/README.md")])
 HOOKS = [function for name, function in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("fusion_")]
 REQUIREMENTS = [
     kind
-    for module in (requirements, known_faster, token_counts)
+    for module in (requirements, size_requirements, known_faster, token_counts)
     for name, kind in inspect.getmembers(module, inspect.isclass)
     if kind.__module__ == module.__name__ and hasattr(kind, "unmet") and kind is not Requirement
 ]

@@ -1,4 +1,4 @@
-"""A process that compiles a model on an installed plugin of one kernel: what ran, and where the graph came from."""
+"""A process that compiles a model with an installed plugin of one kernel: what ran, and where the graph came from."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def fusion_strategies():
 
 
 def install(folder: Path, kernel: str) -> None:
-    """A distribution with a plugin whose kernel gives what its helper says."""
+    """Install a distribution with a plugin whose kernel returns a constant of its helper module."""
     (folder / "acme").mkdir()
     info = folder / "acme-1.0.dist-info"
     info.mkdir()
@@ -63,10 +63,10 @@ def install(folder: Path, kernel: str) -> None:
 
 
 def start(folder: str, cache: str) -> tuple[str, float, str | None]:
-    """Compile and run: the report's origin, what the kernel gave, and which strategy it was."""
+    """Compile and run: the report's origin, the kernel's result, and the strategy's name."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     sys.path.insert(0, folder)
-    sys.dont_write_bytecode = True  # two writings within a second may look alike
+    sys.dont_write_bytecode = True  # two versions written within a second may have the same timestamp
     importlib.invalidate_caches()
 
     def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a cached graph hangs on changes, or what was kept of it is damaged: nothing stale runs, nothing stale is said."""
+"""What a cached graph depends on changes, or its report is damaged: no stale graph runs, no stale report is shown."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fusion_core import FusionConfig, dynamo
 from fusion_core.workers import WorkerPool
 from tests.faults.cache_jobs import KERNEL, LATE, TRACED, install, start
 from tests.faults.fault import Fault
-from tests.test_by_tokens import table
 from tests.test_matching import tensors
 from tests.test_report_cache import Drop, model, same_model
+from tests.token_counts import table
 
 FIXTURES = ("tmp_path", "monkeypatch", "one_rank")
-NOBODY = "cache, nobody kept what was decided"
+NOT_KEPT = "cache, its report was not kept"
 
 
 def observe(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_rank: str, **given: Any) -> str:
@@ -42,7 +42,7 @@ def _nothing(root: Path) -> None:
 
 @functools.cache
 def _compiled() -> tuple[Path, str]:
-    """A cache of Inductor's with `model` in it, and when that was compiled."""
+    """An Inductor cache that contains `model`, and the time at which that was compiled."""
     folder = Path(tempfile.mkdtemp(prefix="fusion_core_faults_"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
@@ -53,7 +53,7 @@ def _compiled() -> tuple[Path, str]:
 
 
 def _run(function: Callable[..., Any] = model, config: FusionConfig | None = None, **options: Any) -> str:
-    """Compile and compare the numbers; where the graph came from, and what its report has."""
+    """Compile and compare the numbers; returns the graph's origin and its report's number of fused sites."""
     torch._dynamo.reset()
     given = tensors()
     with torch.no_grad():
@@ -63,15 +63,15 @@ def _run(function: Callable[..., Any] = model, config: FusionConfig | None = Non
     report = fusion_core.last_report()
     assert report is not None
     assert dropped or report.sites or report.origin == "cache"
-    if "nobody kept" in str(report):
-        return NOBODY
+    if "its report was not kept" in str(report):
+        return NOT_KEPT
     fused = len(report.fused)
     said = f"{fused} site" + ("" if fused == 1 else "s")
     return f"{report.origin}, {said}"
 
 
 def _cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the cache; the folder of reports in it."""
+    """Use a copy of the cache; returns the folder of reports in it."""
     shutil.copytree(_compiled()[0], tmp_path / "cache")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache" / "fusion_core"
@@ -102,7 +102,7 @@ def _no_folder(file: Path) -> None:
 
 
 def _changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **change: Any) -> str:
-    """A compilation with a change, between two without."""
+    """A compilation with a change, between two without it."""
     _cached(tmp_path, monkeypatch)
     between = _run(**change)
     assert _run() == "cache, 1 site"
@@ -112,12 +112,12 @@ def _changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **change: Any) -> 
 
 
 def _table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The tuning table is another one, under the same path."""
+    """The tuning table changes at the same path."""
     _cached(tmp_path, monkeypatch)
     found = []
     for us in (5.0, 50.0, 5.0):
         path = table(tmp_path, (2, {"unfused": 10.0, "acme.few": us}))
-        dynamo._pass_for.cache_clear()  # as in another process
+        dynamo._pass_for.cache_clear()  # as another process would have it
         found.append(_run(config=FusionConfig(table=path)))
     return f"right: {'; '.join(found)}"
 
@@ -136,7 +136,7 @@ def _warm(
     ranks: int = 1,
     change: Callable[[Path], object] = _nothing,
 ) -> str:
-    """Two starts of a process that share a cache, and a change between them."""
+    """Two starts of a process with one cache, and a change between them."""
     install(tmp_path, kernel)
     starts = []
     for step in (_nothing, change):
@@ -144,7 +144,7 @@ def _warm(
         with WorkerPool(ranks, timeout=300.0) as pool:
             found = pool.run(start, str(tmp_path), str(tmp_path / "cache"))
         assert len({each[1:] for each in found}) == 1, found
-        origins = sorted({each[0] for each in found}, reverse=True)  # one rank may find what another has just kept
+        origins = sorted({each[0] for each in found}, reverse=True)  # one rank may find what another has just cached
         starts.append(f"{origins[0]} {found[0][2]} {found[0][1]:g}")
     return f"right: {'; '.join(starts)}"
 
@@ -162,7 +162,7 @@ def _row(name: str, fault: str, expected: str, *, slow: bool = False, **given: A
     return Fault("caches", name, fault, f"right: {expected}", given, slow)
 
 
-def _of_report(name: str, fault: str, damage: Callable[[Path], object], expected: str = NOBODY) -> Fault:
+def _of_report(name: str, fault: str, damage: Callable[[Path], object], expected: str = NOT_KEPT) -> Fault:
     return _row(f"report: {name}", fault, expected, what="kept", damage=damage)
 
 
@@ -191,7 +191,7 @@ KEPT = (
     _of_report("not readable", "reading it is an error", _instead(lambda file: file.symlink_to("/proc/self/mem"))),
     _of_report("an endless file", "a link to a device stands in its place", _instead(lambda file: file.symlink_to("/dev/zero"))),
     _of_report("no folder", "a file stands in the folder's place", _no_folder),
-    _row("report: not written", "a file stands in the folder's place when it is written", f"compiled, 1 site; then {NOBODY}", what="full"),
+    _row("report: not written", "a file stands in the folder's place when it is written", f"compiled, 1 site; then {NOT_KEPT}", what="full"),
 )  # fmt: skip
 
 GRAPHS = (

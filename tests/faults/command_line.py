@@ -1,7 +1,7 @@
-"""The command ``fusion-core``: calls, files and environments that are wrong, and what breaks off while it runs.
+"""The command ``fusion-core`` with wrong calls, files and environments, and with interruptions while it runs.
 
-A row's words are arguments of the command, or a line of a shell in which ``$FUSION_CORE`` is the command. A traceback is
-allowed where a user's own code raised, and may then show no line of fusion_core.
+A row has arguments of the command, or a shell line in which ``$FUSION_CORE`` is the command. A traceback is allowed
+only if the user's own code raised, and it must not show a line of fusion_core.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROWS = (*CALLS, *CODE, *PLACES, *ENVIRONMENTS, *PROCESSES)
 
 FIXTURES = ("tmp_path", "monkeypatch")
 LIMIT = 240.0
-"""Seconds for a process: starting one takes long on a busy machine."""
+"""Seconds that a process may take: starting one is slow on a busy machine."""
 COMMAND = f"{sys.executable} -m fusion_core"
 
 
@@ -39,17 +39,17 @@ def observe(
     environment: Mapping[str, str] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> str:
-    """Run the command; its status and what it said last.
+    """Run the command; returns its status and the last line on stderr.
 
     Args:
-        tmp_path: Where it runs; ``{tmp}`` in words and values.
-        monkeypatch: For the environment.
+        tmp_path: The working directory; ``{tmp}`` in arguments and values.
+        monkeypatch: Sets the environment.
         args: Its arguments. Without any of the next three it runs in this process.
-        shell: A line of a shell that runs it instead.
-        ranks: An environment for each of the processes that run it together.
-        interrupted: Whether it gets a SIGINT when it has started workers.
-        environment: Variables.
-        files: Contents by name, in the folder where it runs.
+        shell: A shell line that runs it instead.
+        ranks: The environment of each process, if several run it together.
+        interrupted: Whether it gets a SIGINT after it has started workers.
+        environment: Environment variables.
+        files: Name → content of files in the working directory.
     """
     for name, text in (files or {}).items():
         (tmp_path / name).write_text(text, encoding="latin-1")
@@ -96,7 +96,7 @@ def _of_a_shell(line: str) -> str:
 
 
 def _of_ranks(words: Sequence[str], ranks: Sequence[Mapping[str, str]]) -> str:
-    """The verdict of all ranks, where it is one."""
+    """The verdict of all ranks, if it is the same."""
     shared = {"WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     processes = [
         subprocess.Popen(
@@ -130,7 +130,7 @@ def _free_port() -> int:
 
 
 def _interrupted(words: Sequence[str]) -> str:
-    """Send SIGINT to the command alone when it has workers; whether they end with it."""
+    """Send SIGINT to only the command when it has workers, and check that they end with it."""
     with subprocess.Popen(
         [*COMMAND.split(), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -13,13 +13,13 @@ MODEL = "import torch\ndef build():\n    return torch.nn.Linear(4, 4), (torch.on
 
 
 def _row(name: str, fault: str, status: int, says: str, slow: bool = False, **given: Any) -> Fault:
-    """A row whose verdict is this status, and one line on stderr in which these words stand."""
+    """A row whose verdict is this status and one line on stderr that contains these words."""
     words = ".*".join(re.escape(part) for part in says.split(" ... "))
     return Fault("command_line", name, fault, rf"exit {status}: .*{words}.*", given, slow)
 
 
 def _launched(name: str, fault: str, says: str, *args: str, **changes: str | None) -> Fault:
-    """A call in an environment of torchrun that has these changes; None for a variable that is not there."""
+    """A call in torchrun's environment with these changes; None removes a variable."""
     variables = {key: value for key, value in {**LAUNCHED, **changes}.items() if value is not None}
     return _row(name, fault, 2, says, args=args or ("tune",), environment=variables)
 

@@ -1,4 +1,4 @@
-"""Leaves the slow rows out of ordinary runs, and prints the table of verdicts where ``--campaign`` asks for all."""
+"""Leaves the slow rows out of ordinary runs; with ``--campaign`` runs all rows and prints the table of verdicts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.device import BACKEND
 
 @pytest.fixture
 def one_rank() -> Iterator[str]:
-    """A group of one rank for one row: others call commands that must find none."""
+    """A group of one rank for one row: other rows run commands that must find no group."""
     torch.distributed.init_process_group(BACKEND, store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield torch.distributed.group.WORLD.group_name
     torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""One row of the fault campaign: what is broken, and what must come of it."""
+"""One row of the fault campaign: what is broken, and the verdict that must result."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault, the verdict that is expected, and the data that its area's `observe` runs it by.
+    """A fault, its expected verdict, and the arguments with which its area's `observe` runs it.
 
     Attributes:
         area: The module of this folder that runs it.
-        name: Unique in its area.
+        name: A name that is unique in its area.
         fault: What is broken, as a phrase.
-        expected: A regular expression that the whole observed verdict matches. A verdict begins with one of `OUTCOMES`.
-        given: What `observe` is given, as keywords.
-        slow: Whether it runs in the whole campaign alone (``make test-faults``).
+        expected: A regular expression for the whole observed verdict. A verdict begins with one of `OUTCOMES`.
+        given: The keyword arguments of `observe`.
+        slow: Whether it runs only in the whole campaign (``make test-faults``).
     """
 
     area: str
@@ -30,26 +30,26 @@ class Fault:
 
     @property
     def id(self) -> str:
-        """The row's name in reports of pytest."""
+        """The row's name in pytest's output."""
         return f"{self.area}: {self.name}"
 
 
 OUTCOMES = ("right", "unfused", "refused", "error", "exit")
-"""What a verdict may begin with.
+"""The first word of a verdict.
 
-- ``right``: the right numbers, fused; ``right: rank 1 unfused`` and the like say more.
-- ``unfused``: the right numbers, and a report or a warning says why nothing is fused.
+- ``right``: correct numbers, fused; a suffix such as ``right: rank 1 unfused`` adds detail.
+- ``unfused``: correct numbers, and a report or a warning gives the reason why nothing is fused.
 - ``refused``: a plugin, a table or a file is not used, with a reason.
-- ``error``: a named exception of this library, or the user's own, handed on.
-- ``exit``: the command ended with this status and a sentence.
+- ``error``: a named exception of this library, or the user's own exception, passed on.
+- ``exit``: the command ended with this status and one sentence.
 
-Whatever else comes of a fault (a hang, a wrong number, a traceback, silence) is a defect of the library.
+Any other outcome of a fault (a hang, a wrong number, a traceback, silence) is a defect of the library.
 """
 
 Observe = Callable[..., str]
 
 
 def judge(row: Fault, verdict: str) -> None:
-    """Raise AssertionError where a verdict is none that the row allows."""
+    """Raise AssertionError if the row does not allow the verdict."""
     assert verdict.split(":")[0].split(" ")[0] in OUTCOMES, f"{row.id}: {verdict}"
     assert re.fullmatch(row.expected, verdict, re.DOTALL), f"{row.id}: expected {row.expected!r}, found {verdict!r}"

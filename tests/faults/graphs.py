@@ -1,4 +1,4 @@
-"""Ranks that run different graphs: rank 1 is the odd one."""
+"""Ranks that run different graphs: rank 1 is the one that differs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXACT = 1e-4
 
 
 def observe(job: str, two_ranks: WorkerPool, arguments: tuple[Any, ...] = ()) -> str:
-    """Run a job on two ranks: whether numbers are right, which calls ran kernels, and who says why not."""
+    """Run a job on two ranks: are the numbers right, which calls ran kernels, and which ranks report why not."""
     found = two_ranks.run(getattr(jobs, job), *arguments)
     if any(error > EXACT for each in found for error in each.errors):
         return "wrong numbers"

@@ -1,4 +1,4 @@
-"""Backends that are wrong in one way each, and what the conformance kit says of them."""
+"""Backends that are wrong in one way each, and the conformance kit's message for each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.faults.fault import Fault
 
 
 def observe(backend: str, check: str) -> str:
-    """The first line of what the kit says, and whether the command is there that shows it again."""
+    """The first line of the kit's message, and whether the message has the command that repeats the failure."""
     (subject,) = subjects("wrong", f"tests.testing.wrong_backends:{backend}", 40)
     (promise,) = [each for each in CHECKS if each.name == check]
     try:

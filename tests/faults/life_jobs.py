@@ -1,4 +1,4 @@
-"""What happens to the processes of the rows of `process_life`: forks in workers, and ranks that are processes alone."""
+"""The jobs of the rows of `process_life`: forks in workers, and ranks that are separate processes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from unittest import mock
 
 import torch.distributed as dist
 
+from fusion_core._cuda import run_on_own_thread
 from fusion_core.agree import ranks as common_ground
 from fusion_core.agree.agreement import Agreement, NoAgreement
-from fusion_core.workspaces.per_group import outside
-from tests.common_ground_jobs import of
 from tests.faults.rank_jobs import limit, of_group, vote
+from tests.odd_registries import of
 
 PATIENCE = 15.0
-"""Seconds in which a fork has to answer."""
+"""Seconds within which a fork has to answer."""
 
 
 def said(work: Callable[[], str]) -> str:
@@ -34,7 +34,7 @@ def said(work: Callable[[], str]) -> str:
 
 
 def in_a_fork(work: Callable[[], str]) -> str:
-    """What a fork of this process says."""
+    """The verdict of a fork of this process."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -52,7 +52,7 @@ def in_a_fork(work: Callable[[], str]) -> str:
 
 
 def fork(what: str) -> str:
-    """A fork of each rank, after its first use of the library or before."""
+    """A fork of each rank, before or after its first use of the library."""
     group, other = dist.new_group(), dist.new_group()
     if what == "unused":
         return in_a_fork(lambda: of_group(other, of(limit=8)))
@@ -69,31 +69,31 @@ def fork(what: str) -> str:
     if what == "new vote":
         return in_a_fork(lambda: vote(Agreement(group, "a vote", 60.0).outcome(None)))
     if what == "outside":
-        outside(lambda: None)
-        return in_a_fork(lambda: outside(lambda: "right"))
+        run_on_own_thread(lambda: None)
+        return in_a_fork(lambda: run_on_own_thread(lambda: "right"))
     if what == "busy":
         return while_busy()
     raise ValueError(what)
 
 
 def while_busy() -> str:
-    """The fork comes while another thread works outside, with the lock held."""
+    """The fork happens while another thread holds the lock of `run_on_own_thread`."""
     begun, end = threading.Event(), threading.Event()
 
     def work() -> bool:
         begun.set()
         return end.wait(30.0)
 
-    thread = threading.Thread(target=lambda: outside(work))
+    thread = threading.Thread(target=lambda: run_on_own_thread(work))
     thread.start()
     begun.wait()
-    found = in_a_fork(lambda: outside(lambda: "right"))
+    found = in_a_fork(lambda: run_on_own_thread(lambda: "right"))
     end.set()
     thread.join()
     return found
 
 
-# ---- ranks that are processes of their own: python -c "from tests.faults.life_jobs import main; main(...)"
+# ---- ranks that are separate processes: python -c "from tests.faults.life_jobs import main; main(...)"
 
 
 def main(job: str, rank: int, port: int) -> None:
@@ -110,19 +110,19 @@ def begin(rank: int, port: int, store: Any = None) -> dist.ProcessGroup:
 
 
 def meet(store: Any, number: int) -> None:
-    """A barrier through the store: gloo's own would find addresses of an earlier group there."""
+    """A barrier through the store: gloo's own barrier would find an earlier group's addresses there."""
     store.add(f"meet {number}", 1)
     while store.add(f"meet {number}", 0) < 2:
         time.sleep(0.01)
 
 
 def again(rank: int, port: int, change: bool = False, first: tuple[int, ...] = (0, 1)) -> str:
-    """A group is destroyed and made again, under the same name in the same store."""
+    """A group is destroyed and made again, with the same name and the same store."""
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     found = []
     for number in range(3):
         group = begin(rank, port, dist.PrefixStore(str(number), store))
-        # as torch has it where a launcher's store is used again: gloo itself would find its old addresses there
+        # as in torch when a launcher's store is reused; gloo itself would find its old addresses in it
         dist.distributed_c10d._world.pg_map[group] = ("gloo", dist.PrefixStore("same", store))
         meet(store, 3 * number)
         odd = change and number == 1 and rank == 1
@@ -165,11 +165,11 @@ def killed_in_a_vote(rank: int, port: int) -> str:
 
 
 def ends(rank: int, port: int) -> str:
-    """The main thread of rank 1 ends while a thread of it votes."""
+    """The main thread of rank 1 ends while another of its threads votes."""
     group = begin(rank, port)
     ours = Agreement(group, "a vote", 60.0)
     if rank == 1:
-        threading.Thread(target=outside, args=(lambda: ours.outcome(None),)).start()
+        threading.Thread(target=run_on_own_thread, args=(lambda: ours.outcome(None),)).start()
         time.sleep(0.3)
         sys.exit(3)
     store = dist.distributed_c10d._get_process_group_store(group)
@@ -179,7 +179,7 @@ def ends(rank: int, port: int) -> str:
 
 
 def exits(rank: int, port: int) -> str:
-    """Ctrl-C from outside while rank 1 waits."""
+    """Rank 1 gets Ctrl-C from outside while it waits."""
     group = begin(rank, port)
     if rank == 0:
         time.sleep(1.5)

@@ -1,4 +1,4 @@
-"""The key of a compiled graph covers what a plugin is made of, in each way in which a plugin can be installed."""
+"""The key of a compiled graph covers all of a plugin's files, in each way in which a plugin can be installed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIXTURES = ("tmp_path", "monkeypatch")
 
 
 def observe(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> str:
-    """Whether the key is another one behind a change."""
+    """Whether the key changes after a change."""
     return _FACTS[what](tmp_path, monkeypatch, **given)
 
 
@@ -36,11 +36,11 @@ PROJECT = {
     "acme/kernels.so": "\x7fELF 3",
     "acme_common.py": "ERROR = 3",
 }
-"""What a project of two top-level modules has in it."""
+"""The files of a project of two top-level modules."""
 
 
 def _plugin(root: Path, form: str) -> tuple[str, Distribution | None]:
-    """A project that is installed in one of the ways there are: its entry point's module, and its distribution."""
+    """Install a project in one of the possible ways; returns its entry point's module and its distribution."""
     site, project = root / "site", root / "project"
     module, where = "acme", site if form == "installed" else project
     files = dict(PROJECT)
@@ -74,7 +74,7 @@ def _plugin(root: Path, form: str) -> tuple[str, Distribution | None]:
 
 
 def _sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, change: Callable[[Path], object]) -> str:
-    """Whether the hash of a plugin's files is another one behind a change, and all files have one name each."""
+    """Whether the hash of a plugin's files changes after a change; asserts that no file is named by its full path."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sources, "_known", {})
     module, distribution = _plugin(tmp_path, form)
@@ -117,7 +117,7 @@ def _undecodable(root: Path) -> None:
 
 
 def _record(root: Path) -> None:
-    """Make what the distribution says of itself unreadable, and mend a helper."""
+    """Make the distribution's RECORD unreadable, and change a helper."""
     for record in (root.parent / "site").glob("*.dist-info/RECORD"):
         record.write_bytes(b"\xff\xfe\x00,")
     _write("acme/helper.py")(root)
@@ -139,7 +139,7 @@ def _archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def _libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a plugin's distribution asks for has another version."""
+    """A library that a plugin's distribution requires has another version."""
     using = registry(REFERENCE)
     keys = set()
     for version in ("1.0", "1.1"):

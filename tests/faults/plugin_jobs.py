@@ -1,4 +1,4 @@
-"""A broken plugin in a compilation by the whole of Inductor, in this process or on each of several ranks."""
+"""A broken plugin in a compilation by all of Inductor, in this process or on each of several ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch._inductor.compile_fx import compile_fx
 
-from fusion_core import FusionConfig, FusionPass, Registry, _inductor
+from fusion_core import FusionConfig, FusionPass, Registry
+from fusion_core._torch import inductor
 from tests.support.graphs import REFERENCE
 from tests.test_matching import norm
 
@@ -26,7 +27,7 @@ def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
 
 
 def on_a_rank(folder: str, calls: int = 1) -> str:
-    """The verdict of this rank; the numbers are those of the model as it is."""
+    """The verdict of this rank; results are compared with those of the eager model."""
     sys.path.insert(0, folder)
     sys.modules.pop("broken_plugin", None)
     importlib.invalidate_caches()
@@ -39,11 +40,11 @@ def on_a_rank(folder: str, calls: int = 1) -> str:
 
 
 def whole(registry: Registry, calls: int = 1, caches: bool = False) -> str:
-    """Compile by all of Inductor and run; what became of it."""
+    """Compile with all of Inductor and run; returns the verdict."""
     own = FusionPass(registry=registry).among(None)
     given = [torch.ones(4, 64), torch.ones(4, 64), torch.ones(64)]
 
-    options = {**_inductor.with_pass(own, {}), "force_disable_caches": not caches}
+    options = {**inductor.with_pass(own, {}), "force_disable_caches": not caches}
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         with torch._functorch.config.patch(enable_autograd_cache=False):
@@ -54,7 +55,7 @@ def whole(registry: Registry, calls: int = 1, caches: bool = False) -> str:
         try:
             with torch.no_grad():
                 found = torch.compile(model, backend=backend)(*given)
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # what a kernel raises is handed on, with a note
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # a kernel's error is passed on with a note
             return f"error: {type(error).__name__}: {error} {' '.join(getattr(error, '__notes__', []))}"
     for each, wanted in zip(found, model(*given), strict=True):
         torch.testing.assert_close(each, wanted)

@@ -1,4 +1,4 @@
-"""Plugins that are broken, each alone beside the reference backend: at loading, in a compilation, when they run."""
+"""Broken plugins, each with only the reference backend: when it loads, in a compilation, and when it runs."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ PRELUDE = """
 import sys
 import torch
 from fusion_core import Reason, Strategy, Tokens, hookimpl
-from tests.test_emission import opaque
+from tests.acme import opaque
 from tests.test_matching import ADD
 OUTPUTS = ("normed", "residual_out")
 """
-"""What the source of each plugin begins with; `opaque` is a kernel that is right."""
+"""The start of each plugin's source; `opaque` is a correct kernel."""
 
 
 def observe(
@@ -46,7 +46,7 @@ def observe(
     then: str = "load",
     called: str = "broken",
 ) -> str:
-    """Load a plugin of this source, and go on to a compilation or a call where ``then`` says so."""
+    """Load a plugin with this source, then compile or call it as ``then`` requests."""
     (tmp_path / "broken_plugin.py").write_text(PRELUDE + textwrap.dedent(source))
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
@@ -91,12 +91,12 @@ def dynamic(registry: Registry) -> str:
 
 
 def compiled(registry: Registry, dynamic: bool = False) -> str:
-    """What became of the plugin's strategies in a compilation, and of the numbers."""
+    """The outcome for the plugin's strategies in a compilation, after a check of the numbers."""
     given = tensors()
     try:
         with torch._dynamo.config.patch(specialize_float=True):
             fused = fuse(model, *given, using=registry, dynamic=dynamic)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # what a kernel raises is handed on, with a note
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # a kernel's error is passed on with a note
         return f"error: {type(error).__name__}: {error} {' '.join(getattr(error, '__notes__', []))}"
     for found, wanted in zip(fused.results, model(*given), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
@@ -108,13 +108,13 @@ def compiled(registry: Registry, dynamic: bool = False) -> str:
 
 
 def eager(registry: Registry) -> str:
-    """What an eager function of `fusion_core.ops` gives."""
+    """The verdict of an eager function of `fusion_core.ops`."""
     x, r, w = tensors()
     config = FusionConfig(reports=next(_NUMBERS))
     with mock.patch("fusion_core.ops._registry_for", return_value=registry), torch.no_grad():
         try:
             found = fusion_core.ops.all_reduce_add_rms_norm(x, r, w, 1e-6, config=config)
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # what a kernel raises is handed on, with a note
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # a kernel's error is passed on with a note
             return f"error: {type(error).__name__}: {error} {' '.join(getattr(error, '__notes__', []))}"
     for each, wanted in zip(found, model(x, r, w), strict=True):
         torch.testing.assert_close(each, wanted, rtol=0.02, atol=0.02)
@@ -135,4 +135,4 @@ def status(registry: Registry) -> str:
 
 
 _NUMBERS = itertools.count(100)
-"""A configuration of its own for each eager call, which is decided once for each."""
+"""Numbers for a different configuration in each eager call, since decisions are cached per configuration."""

@@ -1,4 +1,4 @@
-"""What plugins and the user's code print, in Python and past it, while a command is asked for JSON."""
+"""Plugins and user code that print, in Python and past it, while a command writes JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import os
 import sys
 import torch
 from fusion_core import Reason, Status, Strategy, hookimpl
-from tests.test_emission import opaque
+from tests.acme import opaque
 {at_import}
 
 def impl(x, residual, weight, eps, *, group):
@@ -68,7 +68,7 @@ def model(x, residual, weight):
     return torch.nn.functional.rms_norm(total, (64,), weight, 1e-6), total
 """
 NOISE = "all the noise"
-"""What each of them prints."""
+"""The text that each of them prints."""
 
 
 def observe(
@@ -81,7 +81,7 @@ def observe(
     ranks: int = 0,
     process: bool = False,
 ) -> str:
-    """Run a command for JSON beside a plugin, and on a model, that prints at one place."""
+    """Run a command with ``--json``, with a plugin and a model of which one prints at one place."""
     for name, text in (("noisy_plugin.py", PLUGIN), ("noisy_model.py", MODEL)):
         (tmp_path / name).write_text(_with(text, where, by))
     about = tmp_path / "noisy-1.0.dist-info"
@@ -112,7 +112,7 @@ def observe(
 
 
 def _with(text: str, where: str, by: str) -> str:
-    """A source with this statement at one place, and none at the others."""
+    """The source with this statement at one place, and none at the others."""
     names = [part.split("}")[0] for part in text.split("{")[1:]]
     return text.format(**{name: by if name == where else "" if name == "at_import" else "pass" for name in names})
 

@@ -15,17 +15,17 @@ from tests.faults.fault import Fault
 FIXTURES = ("two_ranks",)
 
 SOON = 100.0
-"""Seconds in which both processes have to end."""
+"""Seconds within which both processes have to end."""
 
 
 def observe(job: str, two_ranks: WorkerPool, fork: bool = False) -> str:
-    """The verdict of both ranks, or of each where they differ."""
+    """The verdict of both ranks, or that of each if they differ."""
     first, second = two_ranks.run(life_jobs.fork, job, timeout=60.0) if fork else _processes(job)
     return first if first == second else f"{first} || {second}"
 
 
 def _processes(job: str) -> tuple[str, str]:
-    """What each of two processes prints; its exit status where it prints nothing."""
+    """The output of each of two processes, or its exit status if it prints nothing."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     code = "import sys; from tests.faults.life_jobs import main; main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""What two ranks do for the rows of `ranks`: each gives a verdict, and how long it waited."""
+"""The jobs of two ranks for the rows of `ranks`: each returns a verdict and how long it took."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from fusion_core.agree.agreement import Agreement, NoAgreement
 from fusion_core.agree.exchange import Exchange
 from fusion_core.agree.group_store import GroupStore, group_store
 from fusion_core.agree.ranks import agree
-from tests.common_ground_jobs import of
+from tests.odd_registries import of
 
 LIMIT = 3.0
-"""Seconds that ranks wait for each other where one does not come."""
+"""Seconds that ranks wait for each other in rows where one does not come."""
 LONG = 60.0
-"""The same where nobody may wait for it."""
+"""The same in rows where no rank may have to wait that long."""
 Verdict = tuple[str, float]
 
 
 def run(name: str, **given: Any) -> Verdict:
-    """One job by its name: this rank's verdict, and the seconds from the moment at which both ranks began."""
+    """Run one job by name: this rank's verdict, and the seconds since both ranks began."""
     job = globals()[name]
     groups = [dist.new_group() for _ in range(4)]
     dist.barrier()
@@ -48,7 +48,7 @@ def run(name: str, **given: Any) -> Verdict:
 
 
 def of_group(group: dist.ProcessGroup, registry: Registry) -> str:
-    """What the ranks of a group settle, as a verdict."""
+    """The agreement of a group's ranks, as a verdict."""
     reasons = agree([group.group_name], registry).reasons([group.group_name])
     return f"unfused: {reasons[group.group_name][0]}" if reasons else "right"
 
@@ -67,22 +67,22 @@ def limit(seconds: float) -> Iterator[None]:
         yield
 
 
-# ---- in which order ranks ask
+# ---- the order in which ranks ask
 
 
 def opposite(rank: int, groups: list[Any], registries: int) -> str:
-    """Two models in two groups, of one configuration or of two, in the other order on the other rank."""
+    """Two models in two groups, with one configuration or two, in opposite orders on the two ranks."""
     made = [of(), of(limit=7)]
     for registry in made:
         common_ground.will_ask(registry)
     pairs = [(groups[index], made[index % registries]) for index in (0, 1)]
-    # of one configuration the facts are there at once, and not when a rank is stuck
+    # with one configuration, the facts are published at once, not only when a rank is stuck
     with limit(LONG), mock.patch.object(exchange, "MOMENT", LONG if registries == 1 else exchange.MOMENT):
         return both([of_group(*pair) for pair in (pairs if rank == 0 else reversed(pairs))])
 
 
 def threads(rank: int, groups: list[Any], number: int) -> str:
-    """Threads that each use a group of their own, and start in the other order on the other rank."""
+    """Threads that each use a different group, and start in opposite orders on the two ranks."""
     found: dict[int, str] = {}
     registry = of()
 
@@ -100,7 +100,7 @@ def threads(rank: int, groups: list[Any], number: int) -> str:
 
 
 def alone(rank: int, groups: list[Any]) -> str:
-    """Rank 0 takes a new configuration and rank 1 does not; what both take later is not shifted by it."""
+    """Rank 0 uses a new configuration and rank 1 does not; that must not shift what both use later."""
     with limit(LIMIT):
         first = of_group(groups[0], of(limit=1))
         new = of_group(groups[0], of(limit=2)) if rank == 0 else ""
@@ -112,7 +112,7 @@ def alone(rank: int, groups: list[Any]) -> str:
 
 
 def too_late(rank: int, groups: list[Any]) -> str:
-    """Rank 1 comes when rank 0 has given up."""
+    """Rank 1 comes after rank 0 has given up."""
     with limit(1.0):
         if rank == 1:
             time.sleep(2.0)
@@ -123,9 +123,9 @@ def too_late(rank: int, groups: list[Any]) -> str:
 
 
 def interrupted_call(call: Callable[[], Any], by_thread: bool) -> bool:
-    """Call in this thread, or in another one, and raise KeyboardInterrupt in it while it waits."""
+    """Call in this thread or in another one, and raise KeyboardInterrupt there while it waits."""
     if not by_thread:
-        # ignored in processes that a shell has started in the background
+        # SIGINT is ignored in processes that a shell started in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Timer(0.3, _thread.interrupt_main).start()
         try:
@@ -150,7 +150,7 @@ def interrupted_call(call: Callable[[], Any], by_thread: bool) -> bool:
 
 
 def interrupted(rank: int, groups: list[Any], again: str, by_thread: bool = False) -> str:
-    """Rank 0 is interrupted while it waits; then it tries again, or another configuration first, or never."""
+    """Rank 0 is interrupted while it waits. Then it tries again, tries another configuration first, or gives up."""
     registry = of(limit=1)
     with limit(LIMIT if again == "never" else LONG):
         if rank == 0:
@@ -168,7 +168,7 @@ def interrupted(rank: int, groups: list[Any], again: str, by_thread: bool = Fals
 
 
 def step_interrupted(rank: int, groups: list[Any], step: str) -> str:
-    """A vote of a workspace: rank 0 is interrupted in it, and takes the step again, and then another one."""
+    """A vote for a workspace: rank 0 is interrupted in a step, repeats it, and takes another one."""
     ours = Agreement(groups[0], f"a {step}", LONG)
 
     def take() -> Any:
@@ -192,7 +192,7 @@ def step_interrupted(rank: int, groups: list[Any], step: str) -> str:
 
 @contextmanager
 def failing(at: str, key: str) -> Iterator[None]:
-    """Have the store of this rank fail from the first call of a kind for keys of a kind on."""
+    """Make this rank's store fail from the first call of method ``at`` with a key that contains ``key``."""
     broken = []
     ask = GroupStore._ask
 
@@ -254,11 +254,11 @@ def no_store(rank: int, groups: list[Any], what: str) -> str:
     return "agreed without a store"
 
 
-# ---- what other releases say
+# ---- facts of other releases
 
 
 def foreign(rank: int, groups: list[Any], facts: str) -> str:
-    """Rank 1 gives these facts; ``ours`` in them is what this release gives, with some of it changed."""
+    """Rank 1 publishes these facts: an expression over ``ours``, the facts of this release."""
     publish = Exchange.publish
 
     def published(self: Exchange, hash_: str, given: Any) -> None:
@@ -274,12 +274,12 @@ def foreign(rank: int, groups: list[Any], facts: str) -> str:
             mock.patch.object(Exchange, "publish", published),
             mock.patch.object(Exchange, "settle", lambda self, hash_, *rest: settle(self, "foreign", *rest)),
         ):
-            # published under its own name too: only what it waits with says that it has others
+            # also published under its own hash: only the hash that it waits with differs
             return of_group(groups[0], of(limit=9))
 
 
 def written(rank: int, groups: list[Any], key: str, text: str) -> str:
-    """Another release has left this under a key of the exchange."""
+    """Another release has written this text under a key of the exchange."""
     store = group_store(groups[0])
     assert store is not None
     store.part("the exchange of facts").set(key, text)
@@ -289,7 +289,7 @@ def written(rank: int, groups: list[Any], key: str, text: str) -> str:
 
 
 def step_spoilt(rank: int, groups: list[Any], step: str) -> str:
-    """Rank 1 gives something in a vote that cannot be read."""
+    """Rank 1 publishes something unreadable in a vote."""
     ours = Agreement(groups[0], "a vote", LIMIT)
     store = ours._store
     assert store is not None
@@ -311,7 +311,7 @@ def step_spoilt(rank: int, groups: list[Any], step: str) -> str:
 
 
 def vote_late(rank: int, groups: list[Any], step: str) -> str:
-    """Rank 1 comes when rank 0 has given up: it finds what is settled."""
+    """Rank 1 comes after rank 0 has given up, and finds the settled outcome."""
     ours = Agreement(groups[0], "a vote", 1.0)
     if rank == 1:
         time.sleep(2.0)
@@ -322,7 +322,7 @@ def vote_late(rank: int, groups: list[Any], step: str) -> str:
 
 
 def vote_left(rank: int, groups: list[Any]) -> str:
-    """Rank 1 leaves an exchange of several steps."""
+    """Rank 1 abandons an exchange of several steps."""
     ours = Agreement(groups[0], "handles", LONG)
     ours.gather(1)
     if rank == 1:
@@ -333,7 +333,7 @@ def vote_left(rank: int, groups: list[Any]) -> str:
 
 
 def numbers(rank: int, groups: list[Any]) -> str:
-    """Rank 0 votes on something that rank 1 never does; what both vote on later is not shifted."""
+    """Rank 0 votes on something on which rank 1 never votes; that must not shift later votes of both."""
     if rank == 0:
         vote(Agreement(groups[0], "what one rank needs", 1.0).outcome(None))
     return vote(Agreement(groups[0], "what both need", LIMIT).outcome(None))

@@ -1,4 +1,4 @@
-"""Two real ranks that differ, are interrupted, lose their store or hear what another release says."""
+"""Two real ranks that differ, are interrupted, lose their store or read the facts of another release."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tests.faults.fault import Fault
 FIXTURES = ("two_ranks",)
 
 SOON = 20.0
-"""Seconds within which every row ends, on a machine that does other things too."""
+"""Seconds within which every row ends, even on a busy machine."""
 
 
 def observe(job: str, two_ranks: WorkerPool, **given: Any) -> str:
-    """The verdict of both ranks, or of each where they differ."""
+    """The verdict of both ranks, or that of each if they differ."""
     found = two_ranks.run(rank_jobs.run, job, **given, timeout=90.0)
     if (seconds := max(seconds for _, seconds in found)) > SOON:
         return f"late: {seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""What a report must tell right: the cause at each all_reduce, and what became of it."""
+"""What a report must get right: the cause at each all_reduce, and the outcome."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
 import fusion_core
-from fusion_core import Decision, FusionConfig, Reason, Report, SiteReport, Stage, run_time
+from fusion_core import Decision, FusionConfig, Reason, Report, SiteReport, Stage, fallback
 from fusion_core.report import history
+from tests.acme import KERNEL, acme
 from tests.faults.fault import Fault
 from tests.support.graphs import REFERENCE, fuse, registry
-from tests.test_emission import KERNEL, acme
 from tests.test_matching import add_then, norm, tensors
 from tests.test_near_misses import MISSES, broken, said
 
@@ -28,7 +28,7 @@ FIXTURES = ("tmp_path", "monkeypatch")
 
 def observe(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> str:
     """One fact of a report, in a process group of one."""
-    monkeypatch.setattr(run_time, "_fallen_back", {})
+    monkeypatch.setattr(fallback, "_fallen_back", {})
     with _one_rank():
         return _FACTS[what](tmp_path, monkeypatch, **given)
 
@@ -86,7 +86,7 @@ def _headline(
 
 
 def _merged(tmp_path: Path, monkeypatch: Any, merge: bool) -> str:
-    from tests.test_merging import given, residual_last
+    from tests.merging.forms import given, residual_last
 
     using = registry(REFERENCE, config=FusionConfig(merge=merge))
     return f"right: {str(fuse(residual_last, *given(), using=using).reports[0]).splitlines()[0]}"
@@ -160,8 +160,8 @@ ROWS = (
     _miss("two norms of one sum", "an RMSNorm and a LayerNorm of one sum", "no near miss"),
     _miss("half a residual", "the residual is scaled", ".*scaled by 0.5.*"),
     _miss("several layers", "three layers, a cause each", ".*scaled by 0.5.* \\| .*followed by clamp.* \\| "),
-    _miss("the end of the model", "the model returns the sum", ".*the graph ends here, behind add: the model's.*"),
-    _row("graph break", "a graph break behind the add", "right: all_reduce: .*the graph ends here \\(graph break\\), behind add.*", slow=True, what="break", dry=False),
+    _miss("the end of the model", "the model returns the sum", ".*the graph ends here, after add, as does the model's.*"),
+    _row("graph break", "a graph break behind the add", "right: all_reduce: .*the graph ends here \\(graph break\\), after add.*", slow=True, what="break", dry=False),
     _row("two graphs in one dry run", "a graph break, explained", "right: graph 1: all_reduce, graph 2: all_reduce: .*\\(at graph 1: all_reduce\\)", slow=True, what="break", dry=True),
     _row("definitions only", "no kernel is installed", "right: .* 0 of 1 all_reduces on a kernel, 1 as before \\(reference\\), on 1 x cpu", what="headline"),
     _row("a kernel", "a plugin's kernel runs", "right: .* 1 of 1 all_reduces on a kernel, on 1 x cpu", what="headline", points="kernel"),
@@ -171,7 +171,7 @@ ROWS = (
     _row("merge on", "two all_reduces made one", "right: .* 0 of 1 all_reduces on a kernel, 1 merged \\(of 2\\), on 1 x cpu", slow=True, what="merged", merge=True),
     _row("merge off", "two all_reduces stay two", "right: .* 0 of 2 all_reduces on a kernel, 2 as before \\(reference\\), on 1 x cpu", slow=True, what="merged", merge=False),
     _row("a kept report", "the graph comes from the cache", "right: fusion_core: from the compile cache, .*1 as before \\(reference\\), on 1 x cpu", what="kept"),
-    _row("a kept report of another form", "an older version wrote it", "refused: the report has schema 1, needs 2", what="kept", schema=1),
+    _row("a kept report of another form", "an older version wrote it", "refused: the report has schema 1, needs 3", what="kept", schema=1),
     _row("hostile names", "markup in every name", "right: 0 of [1-9]\\d* names are markup", what="hostile"),
     _row("many graphs", "more graphs than are kept", "right: 3, 4", what="bounded", keep=2, graphs=5),
     _row("a setting of none", "FUSION_CORE_REPORTS=0", "error: FUSION_CORE_REPORTS is '0', needs a whole number, 1 or more", what="setting", text="0"),

@@ -1,4 +1,4 @@
-"""Requirements of a plugin that are wrong, or that the token count decides, in one graph for all token counts."""
+"""A plugin's requirements that are wrong, or that depend on the token count, in one graph for all token counts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fusion_core import (
     Strategy,
     Tokens,
 )
-from tests import test_by_tokens, test_token_rules
+from tests import test_token_rules, token_counts
 from tests.faults.fault import Fault
 from tests.support.graphs import REFERENCE, fuse
 
@@ -38,7 +38,7 @@ class Written:
     expression: str
 
     def unmet(self, s: Site) -> Any:
-        """What the expression gives: True where it is met, False where not, and anything else as it is."""
+        """The expression's value: True if the requirement is met, False if not; any other value is returned as is."""
         found = eval(self.expression, {"s": s, "x": s.inputs["x"], "Reason": Reason, "sys": sys, "unknown": _unknown})
         return {True: None, False: Reason("rule", "not met")}.get(found, found) if isinstance(found, bool) else found
 
@@ -47,7 +47,7 @@ class Written:
 
 
 def _unknown(size: Any) -> bool:
-    """A check that swallows whatever a comparison raises."""
+    """A check that catches whatever a comparison raises."""
     try:
         return bool(size > 5)
     except Exception:  # noqa: BLE001  # as careless plugins do
@@ -64,7 +64,7 @@ def observe(
     expected: str = "",
     **config: Any,
 ) -> str:
-    """The counts that a kernel ran with, or why it was refused."""
+    """The token counts that a kernel ran with, or why it was refused."""
     if how == "declared":
         return _declared(requires, tmp_path, monkeypatch)
     requirement = eval(requires, NAMES) if how == "data" else Written(requires)
@@ -73,10 +73,10 @@ def observe(
         "acme.counted",
         test_token_rules.counted,
         (requirement,),
-        outputs=test_by_tokens.OUTPUTS,
+        outputs=token_counts.OUTPUTS,
         batch_invariant=True,
     )
-    using = test_by_tokens.acme(monkeypatch, strategy, config=FusionConfig(**config))
+    using = token_counts.acme(monkeypatch, strategy, config=FusionConfig(**config))
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         verdict = _compiled(how, using, counts, expected)
@@ -88,8 +88,8 @@ def observe(
 
 def _compiled(how: str, using: Registry, counts: Sequence[int], expected: str) -> str:
     if how == "fixed":
-        return _refused(fuse(test_by_tokens.model, *test_by_tokens.given(counts[0]), using=using).site) or "right"
-    dynamic = test_by_tokens.Dynamic(test_by_tokens.model, using)
+        return _refused(fuse(token_counts.model, *token_counts.given(counts[0]), using=using).site) or "right"
+    dynamic = token_counts.Dynamic(token_counts.model, using)
     ran = test_token_rules.ran_with(dynamic, counts)  # asserts the numbers of each call
     if len(dynamic.reports) > 1:
         return f"a guard: {len(dynamic.reports)} graphs"
@@ -105,7 +105,7 @@ def _refused(site: Any) -> str:
 
 
 def _declared(source: str, tmp_path: Path, monkeypatch: Any) -> str:
-    """What loading a plugin says that builds this requirement."""
+    """The failure of loading a plugin that builds this requirement."""
     (tmp_path / "declaring.py").write_text(f"import fusion_core\nREQUIRES = fusion_core.{source}\n")
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("declaring", None)

@@ -1,4 +1,4 @@
-"""The fault campaign: each row of every area, run and judged. ``make test-faults`` runs the slow ones too."""
+"""The fault campaign: runs and judges each row of every area. ``make test-faults`` runs the slow ones too."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from fusion_flashinfer import strategies
 @contextmanager
 def only(*, two_shot: bool) -> Iterator[None]:
     """One form, at every size."""
-    declared = [each for each in strategies.STRATEGIES if is_two_shot(each) == two_shot]
+    declared = [each for each in variants() if is_two_shot(each) == two_shot]
     with _declared(replace(each, worthwhile=()) for each in declared):
         yield
 
@@ -25,8 +25,13 @@ def faster(one_shot: int, most: int, arch: str, ranks: int) -> Iterator[None]:
     """One-shot known to be faster up to so many bytes, and two-shot from there on up to ``most``."""
     sizes = {False: ((arch, ranks, 0, one_shot),), True: ((arch, ranks, one_shot, most),)}
     known = {form: (KnownFaster("x", each, "as said"),) for form, each in sizes.items()}
-    with _declared(replace(each, worthwhile=known[is_two_shot(each)]) for each in strategies.STRATEGIES):
+    with _declared(replace(each, worthwhile=known[is_two_shot(each)]) for each in variants()):
         yield
+
+
+def variants() -> list[Strategy]:
+    """Every kernel in every form."""
+    return [each for strategy in strategies.STRATEGIES for each in strategy.expanded()]
 
 
 def is_two_shot(strategy: Strategy) -> bool:

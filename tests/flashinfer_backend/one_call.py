@@ -7,9 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fusion_core import Pattern
 from fusion_core.patterns import CORE_PATTERNS
-from fusion_flashinfer.kernels import KERNELS, Buffers
-from fusion_flashinfer.self_check import distance_of
+from fusion_core.vocabulary import all_reduce
+from fusion_core.workspaces.self_check import distance, exactly
+from fusion_flashinfer.kernels import KERNELS
 
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
@@ -61,8 +63,14 @@ def run(name: str, tokens: int = 4, hidden: int = 256, dtype: torch.dtype = torc
         assert all(r.shape[:-1] == lead for n, r in results.items() if not (n == "scale" and "group" in name))
         results = {n: r if r.dim() == 2 else r.reshape(tokens, -1) for n, r in results.items()}
     pattern = next(each for each in CORE_PATTERNS if each.name == kernel.pattern)
-    arguments = {n: v.double() if isinstance(v, torch.Tensor) and n != "scale" else v for n, v in given.items()}
-    exact = pattern.function(**arguments, group=group)
-    expected = dict(zip(pattern.outputs, exact if isinstance(exact, tuple) else (exact,), strict=True))
-    found = Buffers(results[kernel.outputs[-1]], results.get("normed"), results.get("quantized"), results.get("scale"))
-    return distance_of(kernel, found, expected, given.get("scale"))
+    tensors = {n: v for n, v in given.items() if isinstance(v, torch.Tensor)}
+    scalars = {n: v for n, v in given.items() if n not in tensors}
+    return off(pattern, results, tensors, scalars, group)
+
+
+def off(pattern: Pattern, results: Any, tensors: Any, scalars: Any, group: str) -> float:
+    """How far results are from float64, in units of what their dtypes allow."""
+    if pattern.name.endswith("group_fp8"):
+        scalars = {**scalars, "scale_format": "ue8m0_packed"}
+    exact = exactly(pattern, all_reduce(tensors["x"].double(), group), tensors, scalars)
+    return distance(pattern, results, exact, {**tensors, **scalars})

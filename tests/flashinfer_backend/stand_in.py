@@ -16,8 +16,6 @@ from torch import Tensor
 
 from fusion_core.vocabulary import quantize_group_fp8, quantize_static_fp8, quantize_token_fp8
 from fusion_flashinfer import library
-from fusion_flashinfer.kernels import KERNELS
-from fusion_flashinfer.ops import NAMESPACE, _runner
 
 fails_to_create: set[int] = set()
 """Ranks whose next workspace raises, as with too little memory."""
@@ -233,22 +231,13 @@ def _write(quant_out: Tensor | None, scale_out: Tensor | None, codes: Tensor, sc
 
 
 def install() -> None:
-    """Put the stand-in where FlashInfer is imported, and the operators onto the CPU. Once in a process."""
-    global _installed
-    if _installed is None:
-        module = SimpleNamespace(
-            create_allreduce_fusion_workspace=create_allreduce_fusion_workspace,
-            allreduce_fusion=allreduce_fusion,
-            trtllm_destroy_ipc_workspace_for_all_reduce_fusion=trtllm_destroy_ipc_workspace_for_all_reduce_fusion,
-        )
-        library.comm = lambda: module
-        library.below = lambda: (lambda elsewhere: None) if moved else trtllm_allreduce_fusion
-        library.version = lambda: "0.7.2"
-        library.norms = lambda: None
-        library.confidential_computing = lambda: multicast
-        _installed = torch.library.Library(NAMESPACE, "IMPL")
-        for kernel in KERNELS:
-            _installed.impl(kernel.name, _runner(kernel), "CPU")
-
-
-_installed: torch.library.Library | None = None
+    """Put the stand-in where FlashInfer is imported."""
+    module = SimpleNamespace(
+        create_allreduce_fusion_workspace=create_allreduce_fusion_workspace,
+        allreduce_fusion=allreduce_fusion,
+        trtllm_destroy_ipc_workspace_for_all_reduce_fusion=trtllm_destroy_ipc_workspace_for_all_reduce_fusion,
+    )
+    library.comm = lambda: module
+    library.below = lambda: (lambda elsewhere: None) if moved else trtllm_allreduce_fusion
+    library.version = lambda: "0.7.2"
+    library.confidential_computing = lambda: multicast

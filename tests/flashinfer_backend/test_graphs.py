@@ -8,7 +8,18 @@ from fusion_core.workers import WorkerPool
 from fusion_flashinfer.kernels import KERNELS
 from tests.flashinfer_backend import graphs
 
-ON_AN_H100 = [kernel.name for kernel in KERNELS if kernel.quantization != "nvfp4"]
+SOON = (
+    "all_reduce",
+    "all_reduce_add_rms_norm",
+    "all_reduce_rms_norm_static_fp8_out",
+    "all_reduce_add_rms_norm_group_fp8",
+)
+"""One kernel of each kind; `test_workspaces.py` calls every one, and the corpus recognises every pattern."""
+ON_AN_H100 = [
+    pytest.param(kernel.name, marks=[] if kernel.name in SOON else [pytest.mark.nightly])
+    for kernel in KERNELS
+    if kernel.quantization != "nvfp4"
+]
 MODEL = ["flashinfer.all_reduce_rms_norm", "flashinfer.all_reduce_add_rms_norm", "flashinfer.all_reduce_add_rms_norm"]
 NEAR = 2e-5
 """Of float32 results of size 4 to float64."""
@@ -32,8 +43,17 @@ def test_a_site_of_every_pattern_is_fused_by_its_kernel(two, name, form):
         assert distance <= 1
 
 
-@pytest.mark.parametrize("name", ["all_reduce", "all_reduce_add_rms_norm", "all_reduce_rms_norm_static_fp8_out"])
-@pytest.mark.parametrize("form", ["", "_two_shot"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param("all_reduce", "_two_shot", marks=pytest.mark.nightly),  # the last row has this form
+        ("all_reduce_add_rms_norm", ""),
+        pytest.param("all_reduce", "", marks=pytest.mark.nightly),
+        pytest.param("all_reduce_add_rms_norm", "_two_shot", marks=pytest.mark.nightly),
+        pytest.param("all_reduce_rms_norm_static_fp8_out", "", marks=pytest.mark.nightly),
+        ("all_reduce_rms_norm_static_fp8_out", "_two_shot"),
+    ],
+)
 def test_with_the_option_pdl_kernels_are_launched_with_it(two, name, form):
     config = replace(graphs.CONFIG, options=("flashinfer.pdl",))
     for strategies, calls, distance in two.run(graphs.one, name, config, bool(form)):
@@ -59,7 +79,7 @@ def test_one_graph_for_any_number_of_tokens_chooses_when_it_runs(two):
         assert compiled == 1
 
 
-@pytest.mark.parametrize("two_shot", [False, True])
+@pytest.mark.parametrize("two_shot", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_one_form_alone_takes_any_number_of_tokens(two, two_shot):
     """In parts where one launch does not take all; two-shot only where there are more of them than ranks."""
     parts = {2: [] if two_shot else [2], 3: [3], 16: [16], 17: [9, 8], 2 * 16 + 1: [11, 11, 11]}
@@ -84,7 +104,7 @@ def test_max_tokens_reaches_the_operator(two):
         assert distance < NEAR
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_the_report_says_what_became_of_a_workspace(two, rank):
     for report, state, distance in two.run(graphs.failing, rank):
         assert distance < NEAR, "the model got the unfused answer"

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fusion_flashinfer import creation
+from fusion_core.workspaces import Call
+from fusion_core.workspaces.facts import difference
 from fusion_flashinfer.calls import PARAMETERS, call_for
 from fusion_flashinfer.fused import fused
 from fusion_flashinfer.kernels import KERNELS, allocate
-from fusion_flashinfer.strategies import STRATEGIES
 from tests.flashinfer_backend import stand_in
+from tests.flashinfer_backend.forms import variants
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "flashinfer.md").read_text(encoding="utf-8")
@@ -27,8 +28,8 @@ def ranks(**differing):
 
 
 def test_ranks_that_agree():
-    assert creation.disagreement(ranks()) is None
-    assert creation.disagreement([rank | {"gpu": None} for rank in ranks()]) is None
+    assert difference(ranks()) is None
+    assert difference([rank | {"gpu": None} for rank in ranks()]) is None
 
 
 @pytest.mark.parametrize(
@@ -36,9 +37,9 @@ def test_ranks_that_agree():
     [
         ({"gpu": "GPU-0"}, "two ranks use one GPU, needs a GPU for each rank; call torch.cuda.set_device first"),
         ({"host": "two"}, "the group's ranks are on several hosts, needs one host, with its GPUs linked"),
-        ({"version": "0.7.3"}, "version is '0.7.2' on rank 0 and '0.7.3' on rank 1, needs the same graphs and"),
-        ({"hidden": 512}, "hidden is 256 on rank 0 and 512 on rank 1, needs the same graphs and"),
-        ({"tokens": 8}, "tokens is 4096 on rank 0 and 8 on rank 1, needs the same graphs and"),
+        ({"version": "0.7.3"}, "version is '0.7.2' on rank 0 and '0.7.3' on rank 1, needs the same graphs,"),
+        ({"hidden": 512}, "hidden is 256 on rank 0 and 512 on rank 1, needs the same graphs,"),
+        ({"tokens": 8}, "tokens is 4096 on rank 0 and 8 on rank 1, needs the same graphs,"),
         ({"dtype": "torch.float16"}, "dtype is 'torch.bfloat16' on rank 0 and 'torch.float16' on rank 1, needs"),
         ({"mnnvl": True}, "mnnvl is False on rank 0 and True on rank 1, needs"),
         (
@@ -49,7 +50,7 @@ def test_ranks_that_agree():
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_ranks_that_do_not_agree_make_no_workspace(differing, words):
-    assert str(creation.disagreement(ranks(**differing))).startswith(words)
+    assert str(difference(ranks(**differing))).startswith(words)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
@@ -65,11 +66,14 @@ def test_every_call_sums_in_float32_and_completes_at_its_end(kernel, pdl, past_t
     below.__signature__ = inspect.signature(stand_in.trtllm_allreduce_fusion)
     handle = SimpleNamespace(backend="trtllm", world_size=2, rank=0, workspace_tensor=None)
     call = call_for(handle, lambda **given: seen.append(given), below if past_the_public_function else None)
-    ready = SimpleNamespace(call=call, one_shot=True, zeros=lambda like: torch.zeros_like(like))
+    workspace = SimpleNamespace(handle=SimpleNamespace(call=call), zeros=torch.zeros_like)
     x = torch.ones(4, 256, dtype=torch.bfloat16)
-    option = {"group_fp8": 128, "nvfp4": "linear"}.get(kernel.quantization)
-    buffers = allocate(kernel, x)
-    fused(kernel, ready, buffers, x, x if kernel.adds else None, x[0], torch.ones(()), 1e-5, 0.0, option, pdl)
+    tensors = {"x": x, "residual": x, "weight": x[0], "scale": torch.ones(()), "global_scale": torch.ones(())}
+    tensors = {name: tensors[name] for name in kernel.definition.tensors}
+    option = {name: {"group_size": 128, "scale_layout": "linear"}[name] for name in kernel.option}
+    scalars = {"eps": 1e-5, "weight_bias": 0.0, **option}
+    form = kernel.forms[True, pdl, False]
+    fused(workspace, Call(kernel.definition, "", tensors, "", scalars, kernel=form), allocate(kernel, x))
     (given,) = seen
     assert given["trigger_completion_at_end"] is True
     assert given["fp32_acc"] is True
@@ -86,7 +90,7 @@ def test_every_call_sums_in_float32_and_completes_at_its_end(kernel, pdl, past_t
 
 
 def test_what_is_not_asked_for_is_neither_mnnvl_nor_pdl():
-    for strategy in STRATEGIES:
+    for strategy in variants():
         assert strategy.name.endswith(("_pdl", "_mnnvl")) == (strategy.option is not None)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusion_core.workers import WorkerPool
-from tests.flashinfer_backend import jobs
+from tests.flashinfer_backend import failing_jobs, jobs
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_part_may_be_too_small_for_two_shot(four):
 
 
 def test_a_part_that_cannot_be_fused_sends_all_to_the_unfused_path(two):
-    for calls, distance, reasons in two.run(jobs.a_part_that_is_wrong):
+    for calls, distance, reasons in two.run(failing_jobs.a_part_that_is_wrong):
         assert calls == [(4, False)] * 2
         assert distance <= 1
         assert "times as far from float64" in "".join(reasons.values())
@@ -85,12 +85,13 @@ def test_a_part_that_cannot_be_fused_sends_all_to_the_unfused_path(two):
 def test_more_rows_than_max_tokens_run_unfused_but_where_they_never_may(two):
     sizes = [7, 8, 9, 17, 40]
     in_parts = [[7], [8], [5, 4], [6, 6, 5], [8] * 5]
+    names = ["all_reduce", "all_reduce_add_rms_norm_token_fp8", "all_reduce_add_rms_norm_group_fp8"]
     for always, expected in ((False, [[7], [8], [], [], []]), (True, in_parts)):
-        for found in two.run(jobs.parts, 1000, sizes, max_tokens=8, always=always):
+        for found in two.run(jobs.parts, 1000, sizes, names, max_tokens=8, always=always):
             assert found.pop("all_reduce_add_rms_norm_group_fp8") == [[7], [8], [], [], []]
             assert found["all_reduce"] == found["all_reduce_add_rms_norm_token_fp8"] == expected
     # neither bound is passed
-    for found in two.run(jobs.parts, 6, [12, 13], max_tokens=8, always=True):
+    for found in two.run(jobs.parts, 6, [12, 13], ["all_reduce"], max_tokens=8, always=True):
         assert found["all_reduce"] == [[6, 6], [5, 5, 3]]
 
 
@@ -119,11 +120,11 @@ def test_what_differs_between_ranks_is_copied_and_decides_nothing(two):
 )
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_without_a_workspace_sends_all_to_the_unfused_path(two, rank, where, name):
-    says_who_failed(two.run(jobs.one_rank_fails, rank, **where), rank, name)
+    says_who_failed(two.run(failing_jobs.one_rank_fails, rank, **where), rank, name)
 
 
 def test_the_reason_is_that_of_the_rank_that_failed_whoever_votes_first(two):
-    says_who_failed(two.run(jobs.one_rank_fails_and_is_slow_to_say_so, 0), 0, "all_reduce_add_rms_norm")
+    says_who_failed(two.run(failing_jobs.one_rank_fails_and_is_slow_to_say_so, 0), 0, "all_reduce_add_rms_norm")
 
 
 def says_who_failed(outcomes, rank, name):
@@ -138,12 +139,12 @@ def says_who_failed(outcomes, rank, name):
 
 
 def test_confidential_computing_is_refused_because_it_means_multicast(two):
-    for state in two.run(jobs.with_multicast):
+    for state in two.run(failing_jobs.with_multicast):
         assert "confidential computing" in state
 
 
 def test_a_workspace_with_multicast_is_never_used(two):
-    for state in two.run(jobs.multicast_uninvited):
+    for state in two.run(failing_jobs.multicast_uninvited):
         assert "uses NVLink multicast, which nobody asked for" in state
 
 
@@ -156,7 +157,7 @@ def test_a_workspace_with_multicast_is_never_used(two):
     ],
 )
 def test_a_kernel_that_is_wrong_here_is_found_and_left_alone(two, code, name):
-    for distance, state, other in two.run(jobs.wrong_kernel, code, name):
+    for distance, state, other in two.run(failing_jobs.wrong_kernel, code, name):
         assert distance <= 1, "the model got the unfused result"
         assert "times as far from float64" in state
         assert other <= 1, "the other kernels go on"
@@ -166,15 +167,16 @@ def test_a_kernel_that_is_wrong_here_is_found_and_left_alone(two, code, name):
 @pytest.mark.parametrize(("code", "name"), [(0, "all_reduce"), (8, "all_reduce_rms_norm_group_fp8")])
 def test_each_form_is_checked_by_itself(two, code, name, one_shot):
     wrong = f"flashinfer.{name}" + ("" if one_shot else "_two_shot")
-    for fused, reasons in two.run(jobs.wrong_form, code, name, one_shot):
+    for fused, reasons in two.run(failing_jobs.wrong_form, code, name, one_shot):
         assert fused == [not one_shot, one_shot]
         assert list(reasons) == [wrong]
         assert "times as far from float64" in reasons[wrong]
 
 
-def test_a_kernel_that_writes_nothing_is_found(two):
+@pytest.mark.parametrize("scale_layout", ["linear", "swizzled_128x4"])
+def test_a_kernel_that_writes_nothing_is_found(two, scale_layout):
     """FlashInfer's FP4 kernels below capability 10: zeros, and no error."""
-    for problem in two.run(jobs.fp4_check):
+    for (problem,) in two.run(failing_jobs.fp4_check, scale_layout):
         assert "times as far from float64" in problem
 
 
@@ -186,7 +188,7 @@ def test_a_workspace_grows_to_what_a_wider_model_needs(two):
 
 
 def test_a_workspace_that_cannot_grow_goes_on_as_it_is(two):
-    for fused, state in two.run(jobs.growth_fails, 1):
+    for fused, state in two.run(failing_jobs.growth_fails, 1):
         assert fused == [True, False, False, True]
         assert state.startswith("rank 1: making a workspace raised")
 
@@ -219,14 +221,17 @@ def test_a_destroyed_group_gives_its_memory_back(two):
 
 def test_ranks_that_call_with_different_sizes_hear_of_it():
     with WorkerPool(2) as pool:
-        for state in pool.run(jobs.disagreeing):
-            assert "call is 'all_reduce of (4, 256)' on rank 0 and 'all_reduce of (8196, 256)' on rank 1" in state
+        for state in pool.run(failing_jobs.disagreeing):
+            assert (
+                "call is 'flashinfer.all_reduce of (4, 256)' on rank 0 and 'flashinfer.all_reduce of (8196, 256)' on rank 1"
+                in state
+            )
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_never_comes_holds_nobody_up(rank):
     with WorkerPool(3) as pool:
-        states = pool.run(jobs.late, rank)
+        states = pool.run(failing_jobs.late, rank)
     assert states.pop(rank) == "late"
     assert len(set(states)) == 1
     assert f"rank {rank} did not take part in what a workspace needs" in states[0]

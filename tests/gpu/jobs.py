@@ -15,7 +15,7 @@ from torch.distributed._functional_collectives import all_reduce
 import fusion_core
 import fusion_flashinfer
 from fusion_core import Device, FusionConfig
-from fusion_core.run_time import fallen_back
+from fusion_core.fallback import fallen_back
 from fusion_flashinfer.kernels import KERNELS
 from fusion_flashinfer.workspaces import WORKSPACES
 from tests.flashinfer_backend.forms import faster
@@ -32,7 +32,7 @@ PATHS: dict[str, dict[str, Any]] = {"one-shot": {}, "two-shot": {"two_shot": Tru
 
 def anew() -> None:
     """Forget the workspaces of earlier tests."""
-    WORKSPACES.groups.release()
+    WORKSPACES.release()
 
 
 def world() -> str:

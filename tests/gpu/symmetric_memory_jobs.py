@@ -14,11 +14,11 @@ from torch.distributed._functional_collectives import all_reduce
 import fusion_core
 import fusion_reference
 from fusion_core import FusionPass
-from fusion_core.run_time import fallen_back
+from fusion_core.fallback import fallen_back
 from fusion_core.testing import subjects
 from fusion_reference import symm_mem
 from fusion_reference.buffers import BUFFERS
-from fusion_reference.ops import operator
+from fusion_reference.ops import OPERATORS
 from tests.reference_backend.one_call import given, off, run, world
 
 MIB = 1 << 20
@@ -31,7 +31,7 @@ def kernels() -> list[str]:
 
 def fresh() -> None:
     """Forget what an earlier test left."""
-    BUFFERS.groups.release()
+    BUFFERS.release()
 
 
 def failures() -> list[str]:
@@ -48,7 +48,7 @@ def grid(tokens: list[int], hidden: list[int]) -> tuple[int, list[str]]:
         for n in hidden:
             for rows in tokens:
                 x = given((rows, n), dtype, dist.get_rank())
-                results = {each: operator(each)(x, world()) for each in kernels()}
+                results = {each: OPERATORS[each](x, world()) for each in kernels()}
                 calls += len(results)
                 where = f"{rows}x{n} {dtype}"
                 found += [f"{each} {where}: {far}" for each, y in results.items() if not (far := off(x, y)) <= 1]
@@ -67,8 +67,8 @@ def chain(x: Tensor) -> list[Tensor]:
     found = []
     for _ in range(3):
         for each in kernels():
-            x = operator(each)(x, world()) * 0.25
-            found += [x, operator(each)(x[:1], world())]
+            x = OPERATORS[each](x, world()) * 0.25
+            found += [x, OPERATORS[each](x[:1], world())]
     return found
 
 
@@ -108,14 +108,14 @@ def exact_sums(count: int, sizes: list[tuple[int, int]]) -> int:
     fresh()
     for each in kernels():
         for shape in sizes:
-            operator(each)(torch.ones(shape, device="cuda", dtype=torch.bfloat16), world())
+            OPERATORS[each](torch.ones(shape, device="cuda", dtype=torch.bfloat16), world())
     wrong = torch.zeros((), device="cuda", dtype=torch.int64)
     generator = torch.Generator("cuda").manual_seed(dist.get_rank())
     for index in range(count):
         x = torch.randint(-8, 9, sizes[index % len(sizes)], device="cuda", generator=generator).bfloat16()
         if index % 7 == dist.get_rank():
             torch.cuda._sleep(200_000)  # cycles, some 0.1 ms
-        found = [operator(each)(x, world()) for each in kernels() for _ in range(3)]
+        found = [OPERATORS[each](x, world()) for each in kernels() for _ in range(3)]
         dist.all_reduce(x)
         for each in found:
             wrong += (each != x).any()
@@ -150,7 +150,7 @@ def first_call_in_a_capture() -> tuple[float, list[str]]:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        found = operator("one_shot")(x, group.group_name)
+        found = OPERATORS["one_shot"](x, group.group_name)
     graph.replay()
     error = float((found.float() - exact.float()).abs().max())
     del graph
@@ -217,7 +217,7 @@ def another_current_device() -> list[float]:
     for _ in range(2):
         for each in kernels():
             with torch.cuda.device((mine + 1) % torch.cuda.device_count()):
-                y = operator(each)(x, world())
+                y = OPERATORS[each](x, world())
             found.append(off(x, y))
     return found
 
@@ -226,7 +226,7 @@ def multicast() -> list[int]:
     """The multicast addresses of the buffers that are held."""
     fresh()
     run("one_shot")
-    handles = [symm_mem._handle_class().rendezvous(held.buffer, held.name) for held in BUFFERS.groups]
+    handles = [symm_mem._handle_class().rendezvous(state.handle.memory, state.name) for state in BUFFERS._groups]
     return [handle.multicast_ptr for handle in handles]
 
 

@@ -7,6 +7,8 @@ from fusion_core.workers import WorkerPool
 from tests.gpu import jobs, llama
 
 TOKENS = [1, 2, 3, 5, 16, 17, 127, 128, 129, 1000, 4096]
+ZEROS = 2
+"""MiB of the smallest buffer of zeros, which torch's allocator may have in its cache before and keeps there after."""
 HIDDEN = [64, 2880, 4096, 5120, 7168, 8192]
 
 pytestmark = [pytest.mark.cuda(devices=2), pytest.mark.slow]
@@ -20,9 +22,11 @@ def ranks():
 
 @pytest.mark.parametrize("path", jobs.PATHS)
 def test_every_kernel_at_every_size(ranks, path):
-    for calls, off in ranks.run(jobs.grid, path, TOKENS, HIDDEN):
+    # the unfused path is core's: Inductor compiles it for each kernel, hidden size and dtype, in a second or two
+    hidden = HIDDEN if path != "unfused" else [4096]
+    for calls, off in ranks.run(jobs.grid, path, TOKENS, hidden):
         assert off == []
-        assert calls > 1000
+        assert calls > 300 * len(hidden)
 
 
 @pytest.mark.parametrize("path", ["one-shot", "two-shot"])
@@ -66,8 +70,9 @@ def test_a_first_call_in_a_capture(ranks):
 def test_memory_goes_back_to_the_driver(ranks):
     for taken, returned, said in ranks.run(jobs.memory_returns):
         assert said > 60
-        assert said <= taken
-        assert returned >= said
+        shared = said - ZEROS
+        assert shared <= taken
+        assert returned >= shared
 
 
 def test_groups_in_turn(ranks):

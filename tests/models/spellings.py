@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from fusion_core import FusionConfig, FusionPass
-from fusion_core._inductor import post_grad_only
+from fusion_core._torch.inductor import post_grad_only
 from tests.support.collectives import reaching_the_group
 
 HIDDEN = 16

@@ -1,4 +1,8 @@
-"""``torch.compile(model, backend="fusion_core")`` with all of Inductor, in one process start and in the next."""
+"""``torch.compile(model, backend="fusion_core")`` with all of Inductor, in one process start and in the next.
+
+`make test` runs a model so by the README's first program (`tests/test_readme.py`), and compares numbers of all of Inductor
+on smaller functions (`tests/corpus/test_explained_is_placed.py`).
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +12,16 @@ import torch
 
 from fusion_core.workers import WorkerPool
 from tests.models.architectures import LAYERS, SITES
+from tests.models.calls import Setting
 from tests.models.conftest import assert_answers_are_as_near_to_float64
-from tests.models.jobs import Setting, Start, start
+from tests.models.jobs import Start, start
 
 STATIC = Setting(dynamic=False, cached=False, mode="no_grad")
 DYNAMIC = Setting(dynamic=True, cached=False, mode="inference_mode")
 RUNS = [
     pytest.param(name, dtype, setting, id=f"{name}-{str(dtype).removeprefix('torch.')}-{setting}", marks=marks)
     for name, dtype, setting, marks in [
-        ("llama", torch.bfloat16, STATIC, ()),
+        ("llama", torch.bfloat16, STATIC, pytest.mark.nightly),
         ("llama", torch.float32, DYNAMIC, pytest.mark.nightly),  # `test_decode.py` has dynamic shapes
         ("mixtral", torch.bfloat16, STATIC, pytest.mark.nightly),  # `test_families.py` has its sites
     ]
@@ -69,6 +74,7 @@ def test_compiled_code_takes_another_length_without_a_new_compilation(started: S
         assert rank.outcome.compiled_after_call == [1, 1]
 
 
+@pytest.mark.nightly  # of one site: the campaign's "caches" and `test_compile.py`
 def test_a_second_process_start_shows_what_the_first_recorded(
     workers: Callable[[], WorkerPool], checkpoint: Callable[[str], Path]
 ):

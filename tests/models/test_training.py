@@ -9,7 +9,7 @@ import torch
 
 from fusion_core.workers import WorkerPool
 from tests.models.architectures import SITES
-from tests.models.jobs import Training, train
+from tests.models.training_jobs import Training, train
 
 pytestmark = pytest.mark.nightly  # a training graph of one site is in `test_dynamic_fp8.py` and `test_emission.py`
 

@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from fusion_core.workers import WorkerPool
-from tests.models.jobs import Setting, described
+from tests.models.calls import Setting
+from tests.models.untouched_jobs import described
+
+pytestmark = pytest.mark.nightly  # of generated graphs: `tests/properties`
 
 NOTHING_CHOSEN = ("limit=0", "order=()", "every backend refuses")
 
 
-@pytest.fixture(scope="module", params=[pytest.param("static", marks=pytest.mark.nightly), "dynamic"])
+@pytest.fixture(scope="module", params=["static", "dynamic"])
 def graphs(request: pytest.FixtureRequest, pool: WorkerPool, checkpoint: Callable[[str], Path]) -> dict[str, list[str]]:
     setting = Setting(dynamic=request.param == "dynamic", cached=False, mode="no_grad")
     return pool.run(described, checkpoint("llama"), torch.bfloat16, setting)[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fusion_core
 from fusion_core import FusionConfig, FusionPass, SiteReport, vocabulary
-from fusion_core._inductor import CustomGraphPass, post_grad_only
+from fusion_core._torch.inductor import CustomGraphPass, post_grad_only
 from fusion_core.lift.collectives import TARGETS
 from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.vocabulary.fp4 import dequantize_mxfp4, dequantize_nvfp4

@@ -10,31 +10,38 @@ import torch
 import torch.distributed as dist
 
 import fusion_reference
-from fusion_core.run_time import fallen_back
-from fusion_core.workspaces import per_group
-from fusion_reference import buffers, symm_mem
-from fusion_reference.buffers import BUFFERS
-from fusion_reference.ops import operator
+from fusion_core import _cuda
+from fusion_core.fallback import fallen_back
+from fusion_core.patterns.plain import all_reduce
+from fusion_core.workspaces import Call
+from fusion_reference import symm_mem
+from fusion_reference.buffers import BUFFERS, MEMORY, strategy
+from fusion_reference.ops import OPERATORS
 from tests.reference_backend import stand_in
 from tests.reference_backend.one_call import given, off, run, world
 
 stand_in.install()
-LEAST, MOST, ARRIVAL, STEP = buffers.LEAST, buffers.MOST, buffers.ARRIVAL, buffers.STEP
 
 
 def fresh() -> None:
     """Forget what an earlier test left."""
-    BUFFERS.groups.release()
-    BUFFERS.spoilt = None
+    BUFFERS.release()
+    for name in ("least", "most", "arrival", "step", "making", "spoilt"):
+        vars(MEMORY).pop(name, None)
+    MEMORY.spoilt = None
     for names in (stand_in.fails_to_allocate, stand_in.fails_to_exchange, stand_in.slow_to_exchange, stand_in.wrong, stand_in.calls, stand_in.multicast, stand_in.patience):  # fmt: skip
         names.clear()
-    buffers.LEAST, buffers.MOST, buffers.ARRIVAL, buffers.STEP = LEAST, MOST, ARRIVAL, STEP
 
 
 def state() -> str:
     """The default group's line of the status."""
     (status,) = BUFFERS.status()
     return status.state
+
+
+def call_of(kernel: str, x: torch.Tensor) -> Call:
+    """A call of a kernel in the default group."""
+    return Call(all_reduce, strategy(kernel), {"x": x}, world(), kernel=kernel)
 
 
 def fused(kernel: str, *args: Any, **kwargs: Any) -> bool:
@@ -65,7 +72,7 @@ def empty() -> list[tuple[int, ...]]:
     """Shapes of what no rows give; no buffer is made for them."""
     fresh()
     shapes = [(0, 64), (2, 0, 64)]
-    found = [tuple(operator(k)(torch.ones(s), world()).shape) for k in symm_mem.KERNELS for s in shapes]
+    found = [tuple(OPERATORS[k](torch.ones(s), world()).shape) for k in symm_mem.KERNELS for s in shapes]
     assert not stand_in.calls
     assert not list(BUFFERS.status())
     return found
@@ -77,17 +84,19 @@ def odd_memory() -> list[bool]:
     found = []
     x = given((8, 64), torch.bfloat16, dist.get_rank())
     for kernel in symm_mem.KERNELS:
-        clean = operator(kernel)(x, world())
+        clean = OPERATORS[kernel](x, world())
         for spoil in (
             lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
             lambda t: t.t().contiguous().t(),
             lambda t: torch.stack([t, t], -1)[..., 0],
             lambda t: t.clone().requires_grad_(),
         ):
-            spoilt = operator(kernel)(spoil(x) if dist.get_rank() == 0 else x, world())
+            spoilt = OPERATORS[kernel](spoil(x) if dist.get_rank() == 0 else x, world())
             assert spoilt.is_contiguous()
             found.append(torch.equal(clean, spoilt))  # of a gradient torch says that there is none
-    assert not any(ready.piece.requires_grad for ready in BUFFERS.groups.forms.values()), "the buffer holds their graph"
+    assert not any(piece.requires_grad for state in BUFFERS._groups for piece in state.handle._pieces.values()), (
+        "the buffer holds their graph"
+    )
     return found
 
 
@@ -103,7 +112,7 @@ def back_to_back() -> list[float]:
     """Results that are looked at only when all calls are done: none may lie in the buffer."""
     fresh()
     inputs = [given((4 + n, 64), torch.float32, dist.get_rank() + 100 * n) for n in range(6)]
-    found = [(x, operator(kernel)(x, world())) for x in inputs for kernel in symm_mem.KERNELS]
+    found = [(x, OPERATORS[kernel](x, world())) for x in inputs for kernel in symm_mem.KERNELS]
     assert state() == "in use"
     return [off(x, result) for x, result in found]
 
@@ -112,14 +121,14 @@ def one_rank_fails(rank: int, where: str) -> tuple[float, list[str], str, list[i
     """A buffer that comes up on all ranks but one: the result, the reasons, the status, what is left, exchanges."""
     fresh()
     getattr(stand_in, where).add(rank)
-    exchanges = BUFFERS.exchanges
+    exchanges = MEMORY.exchanges
     distance = run("one_shot")
     getattr(stand_in, where).clear()
     again = run("two_shot", 7)
     reasons = [str(fallen_back(f"reference.symm_mem_{k}", world())[-1]) for k in symm_mem.KERNELS]
     assert not stand_in.calls, "remembered: nobody tries again"
     gc.collect()
-    return max(distance, again), reasons, state(), stand_in.alive(), BUFFERS.exchanges - exchanges
+    return max(distance, again), reasons, state(), stand_in.alive(), MEMORY.exchanges - exchanges
 
 
 def after_a_failed_exchange() -> tuple[str, str]:
@@ -137,7 +146,7 @@ def after_a_failed_exchange() -> tuple[str, str]:
 def slow(rank: int) -> tuple[float, str]:
     """A rank that does not come out of the exchange in time."""
     fresh()
-    buffers.STEP = 2.0
+    MEMORY.step = 2.0
     stand_in.slow_to_exchange[rank] = 10.0
     return run("one_shot"), state()
 
@@ -164,15 +173,15 @@ def wrong_kernel() -> tuple[float, str, bool]:
 def growth(sizes: list[tuple[int, int]], captured_at: int | None = None) -> list[tuple[list[int], int]]:
     """Bytes of the buffers that are held, and what the status says, after each call of (tokens, hidden)."""
     fresh()
-    buffers.LEAST = 1 << 20
+    MEMORY.least = 1 << 20
     found = []
     for index, (tokens, hidden) in enumerate(sizes):
         if index == captured_at:
-            per_group.capturing = lambda: True
+            _cuda.is_capturing = lambda: True
         try:
             assert fused("one_shot", tokens, hidden)
         finally:
-            per_group.capturing = lambda: False
+            _cuda.is_capturing = lambda: False
         gc.collect()
         (status,) = BUFFERS.status()
         found.append((stand_in.alive(), status.memory))
@@ -182,7 +191,7 @@ def growth(sizes: list[tuple[int, int]], captured_at: int | None = None) -> list
 def growth_fails(rank: int) -> tuple[list[bool], str]:
     """Whether calls are fused: small, too large for what one rank has memory for, small again; and the status."""
     fresh()
-    buffers.LEAST = 1 << 20
+    MEMORY.least = 1 << 20
     found = []
     for tokens in (4, 5000, 5001, 6):  # the last in a form of its own
         if tokens == 5000:
@@ -195,26 +204,26 @@ def capacity(max_tokens: int | None) -> tuple[list[bool], int]:
     """Whether calls of 40 and of 41 rows are fused, and the buffer's bytes."""
     fresh()
     found = [fused("one_shot", tokens, 4096, torch.float32, max_tokens=max_tokens) for tokens in (40, 41)]
-    return found, next(iter(BUFFERS.groups)).size
+    return found, next(iter(BUFFERS._groups)).size
 
 
 def the_largest() -> list[bool]:
     """Whether calls at and above the largest buffer are fused."""
     fresh()
-    buffers.LEAST, buffers.MOST = 1 << 18, 1 << 20
+    MEMORY.least, MEMORY.most = 1 << 18, 1 << 20
     return [fused("one_shot", tokens, 1024) for tokens in (512, 513, 512)]
 
 
 def captured_first() -> tuple[float, list[str], bool]:
     """A first call during a capture: no buffer, no hang, a reason; then one outside."""
     fresh()
-    per_group.capturing = lambda: True
+    _cuda.is_capturing = lambda: True
     try:
         distance = run("two_shot")
         assert not stand_in.calls
         assert not stand_in.multicast, "nothing was exchanged"
     finally:
-        per_group.capturing = lambda: False
+        _cuda.is_capturing = lambda: False
     reasons = [str(r) for r in fallen_back("reference.symm_mem_two_shot", world())]
     return distance, reasons, fused("two_shot")
 
@@ -266,22 +275,22 @@ def released() -> tuple[int, int, bool]:
 def disagreeing() -> str:
     """Ranks whose first calls are of different sizes: the real kernels would hang."""
     fresh()
-    buffers.ARRIVAL, buffers.STEP = 30.0, 30.0
+    MEMORY.arrival = MEMORY.step = 30.0
     x = torch.ones(4 + (1 << 13) * dist.get_rank(), 256)
-    assert BUFFERS.ready("one_shot", x, world(), None) is None
+    assert BUFFERS.ready(call_of("one_shot", x)) is None
     return state()
 
 
 def late(rank: int) -> str:
     """One rank that never comes to its first call."""
     fresh()
-    buffers.ARRIVAL, buffers.STEP = 3.0, 3.0
+    MEMORY.arrival = MEMORY.step = 3.0
     dist.barrier()  # so that the time limit counts from one moment
     if dist.get_rank() == rank:
         dist.barrier()  # until the others have given up
         return "late"
     try:
-        assert BUFFERS.ready("one_shot", torch.ones(4, 256), world(), None) is None
+        assert BUFFERS.ready(call_of("one_shot", torch.ones(4, 256))) is None
         return state()
     finally:
         dist.barrier()

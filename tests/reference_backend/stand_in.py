@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusion_reference import ops, symm_mem
+from fusion_reference import symm_mem
 
 fails_to_allocate: set[int] = set()
 """Ranks whose next buffer raises, as with too little memory."""
@@ -93,15 +93,8 @@ def kernel(name: str, piece: Tensor, out: Tensor, group: str) -> None:
 
 
 def install() -> None:
-    """Put the stand-in where torch's is called, and the operators onto the CPU. Once in a process."""
-    global _installed
-    if _installed is None:
-        symm_mem.allocate = allocate
-        symm_mem._exchange = exchange
-        _installed = torch.library.Library(ops.NAMESPACE, "IMPL")
-        for name in symm_mem.KERNELS:
-            symm_mem.KERNELS[name] = functools.partial(kernel, name)
-            _installed.impl(f"symm_mem_{name}", functools.partial(ops.launch, name), "CPU")
-
-
-_installed: torch.library.Library | None = None
+    """Put the stand-in where torch's is called."""
+    symm_mem.allocate = allocate
+    symm_mem._exchange = exchange
+    for name in symm_mem.KERNELS:
+        symm_mem.KERNELS[name] = functools.partial(kernel, name)

@@ -89,7 +89,7 @@ def test_an_exchange_is_without_multicast_and_with_a_time_limit(two, before):
 def test_a_kernel_that_is_wrong_here_is_found_and_left_alone(two):
     for distance, state, other in two.run(jobs.wrong_kernel):
         assert distance <= 1, "the model got torch's result"
-        assert "two_shot kernel is" in state
+        assert "reference.symm_mem_two_shot (two_shot) gave results" in state
         assert "times as far from float64" in state
         assert other
 
@@ -151,7 +151,10 @@ def test_memory_is_given_back_when_asked_for(two):
 def test_ranks_that_call_with_different_sizes_hear_of_it():
     with WorkerPool(2) as pool:
         for state in pool.run(jobs.disagreeing):
-            assert "call is 'one_shot of (4, 256)' on rank 0 and 'one_shot of (8196, 256)' on rank 1" in state
+            assert (
+                "call is 'reference.symm_mem_one_shot of (4, 256)' on rank 0 and 'reference.symm_mem_one_shot of (8196, 256)'"
+                in state
+            )
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -160,7 +163,7 @@ def test_a_rank_that_never_comes_holds_nobody_up(rank):
         states = pool.run(jobs.late, rank)
     assert states.pop(rank) == "late"
     assert len(set(states)) == 1
-    assert f"rank {rank} did not take part in what a buffer needs" in states[0]
+    assert f"rank {rank} did not take part in what a workspace needs" in states[0]
 
 
 def test_the_operators_have_fakes():

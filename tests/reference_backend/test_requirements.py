@@ -13,7 +13,8 @@ from fusion_reference import requirements, strategies
 from fusion_reference.requirements import MostBytes, OnlyForItsBits, SymmetricMemory, TorchCollective
 from tests.testing.test_requirement_mutations import caught, changed, mutants
 
-STRATEGIES = {each.name.partition(".")[2]: each for each in strategies.strategies()}
+EXPANDED = [each for strategy in strategies.strategies() for each in strategy.expanded()]
+STRATEGIES = {each.name.partition(".")[2]: each for each in EXPANDED}
 KERNELS = ("symm_mem_one_shot", "symm_mem_two_shot")
 MOST = 512 << 20
 H200 = Device("cuda", "sm_90")

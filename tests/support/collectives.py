@@ -1,4 +1,4 @@
-"""The collectives that really run."""
+"""Counts the collectives that reach the process group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def reaching_the_group(run: Callable[[], Any]) -> Counter[str]:
-    """The collectives that arrive at gloo while something runs, by the events of its own C++ code."""
+    """The collectives that gloo runs during a call, counted by the events of its C++ code."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
     return Counter({e.key.removeprefix("gloo:"): e.count for e in profile.key_averages() if e.key.startswith("gloo:")})

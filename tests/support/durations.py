@@ -1,6 +1,6 @@
-"""How long each test took when that was last recorded: what `slow` is, and which files start first.
+"""The recorded duration of each test, which sets the mark `slow` and the order of the files.
 
-``make durations`` records them in ``tests/durations.json``: seconds of each file, and of each test that is slow.
+``make durations`` records them in ``tests/durations.json``: seconds of each file, and of each slow test.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 FILE = Path(__file__).parents[1] / "durations.json"
 SLOW = 5.0
-"""Seconds from which on a test is slow, on two cores that do nothing else."""
+"""The least seconds of a slow test, on two otherwise idle cores."""
 
 
 @functools.cache
@@ -23,7 +23,7 @@ def _recorded() -> dict[str, dict[str, float]]:
 
 
 def apply(items: list[pytest.Item]) -> None:
-    """Mark what is slow, and put long files first: the last one alone would keep one core waiting."""
+    """Mark slow tests, and put long files first: a long file at the end would leave the other core idle."""
     for item in items:
         if item.nodeid in _recorded()["slow"]:
             item.add_marker(pytest.mark.slow)
@@ -32,17 +32,17 @@ def apply(items: list[pytest.Item]) -> None:
 
 
 class Recorder:
-    """Adds up what pytest reports, here or from its workers, and writes the file at the end."""
+    """Sums the durations that pytest or its workers report, and writes the file at the end."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Setup, call and teardown alike."""
+        """Called for setup, call and teardown."""
         self.seconds[report.nodeid] += report.duration
 
     def pytest_sessionfinish(self) -> None:
-        """What ran replaces its files' entries, whole; others stay, where their file still exists."""
+        """Replace all entries of the files that ran; keep those of other files that still exist."""
         files: defaultdict[str, float] = defaultdict(float)
         for nodeid, seconds in self.seconds.items():
             files[_file(nodeid)] += seconds

@@ -1,140 +1,102 @@
-"""Workers that are forked from a process that has imported torch and Inductor already, instead of fresh interpreters.
+"""All workers of the suite are forks of processes that have imported torch and Inductor and compiled once.
 
-Of some 150 workers of the suite each would import for six seconds of CPU. What a worker does is the same; what is not:
-its interpreter was not started for it, and its gloo groups share a thread (`tests.support.one_loop`). So the two servers have hash seeds of their own, as the ranks of a user have,
-``tests/test_workers.py`` tests fresh interpreters, and ``make test-nightly`` runs every test with them.
+The suite starts some 150 workers, each of which would spend six seconds of CPU on imports. A forked worker does the
+same as a fresh one, with two differences: its interpreter existed before it, and its gloo groups share one thread
+(`tests.support.one_loop`). ``tests/test_workers.py`` starts fresh interpreters, and ``make test-nightly`` runs every
+test with what its pool asks for.
+
+Under xdist the process that starts pytest has two seedbeds, which make the imports once. Each of xdist's workers gets a
+nursery forked from each of them, instead of nurseries that import for themselves.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import importlib
 import os
-import pickle
+import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, field
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection, wait
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fusion_core.workers.pool import _environment, _path, _Worker
+from fusion_core.workers import nursery
+from fusion_core.workers.worker import Worker, environment_of_workers, import_path
 
 ROOT = Path(__file__).parents[2]
-SERVERS = 2
-AT_IMPORT = ("TORCH", "OMP", "MKL", "KMP", "LD_", "PYTHON", "CUDA", "KINETO", "FUSION_CORE_")
-"""Beginnings of variables that may be read at import: a worker with others of them gets a fresh interpreter."""
-READ_LATER = {"TORCHINDUCTOR_CACHE_DIR"}
+PRELOAD = ("tests.support.preloaded",)
+ADDRESSES = "TESTS_SEEDBEDS"
+"""The variable that tells xdist's workers in which folder the seedbeds listen."""
+_SEEDBED = "import sys; sys.path[:] = {path!r}; from tests.support.forked import grow; grow({handle})"
 
 
-@functools.cache
-def _server(number: int) -> tuple[forkserver.ForkServer, dict[str, str]]:
-    """A server that has imported what workers import, and the environment that it started with."""
-    server = forkserver.ForkServer()
-    server.set_forkserver_preload(["tests.support.preloaded"])
-    before = dict(os.environ)
-    environment = _environment()
-    try:
-        os.environ.update(environment)
-        with contextlib.chdir(ROOT):  # from where `tests` can be imported
-            server.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return server, environment
+def launch(rank: int, world_size: int, backend: str, port: int, preload: Sequence[str] = ()) -> Worker:
+    """`Worker.launch` by a fork. CUDA does not work after one."""
+    return as_asked(rank, world_size, backend, port, preload if torch.cuda.is_available() else PRELOAD)
 
 
-@dataclass
-class _Start:
-    """What the server's child does, by the name that `multiprocessing.spawn` calls."""
-
-    setup: dict[str, Any]
-    environment: dict[str, str]
-    directory: str
-
-    def _bootstrap(self, parent_sentinel: int) -> int:
-        from fusion_core.workers.process import serve
-        from tests.support import one_loop
-
-        one_loop.use()
-        os.setsid()
-        os.close(parent_sentinel)
-        *handles, stdout, stderr = forkserver._forkserver.get_inherited_fds()
-        os.dup2(stdout, 1)
-        os.dup2(stderr, 2)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.environ.clear()
-        os.environ.update(self.environment)
-        os.chdir(self.directory)
-        serve(**self.setup, handles=handles)
-        return 1
+as_asked = Worker.launch
 
 
-@dataclass
-class Forked:
-    """A forked worker, with as much of `subprocess.Popen` as a pool needs."""
-
-    pid: int
-    status: int
-    returncode: int | None = field(default=None)
-
-    @classmethod
-    def start(cls, server: forkserver.ForkServer, start: _Start, handles: list[int]) -> Forked:
-        status, data = server.connect_to_new_process(handles)
-        with open(data, "wb") as file:
-            pickle.dump({"sys_path": _path()}, file)
-            pickle.dump(start, file)
-        forked = cls(forkserver.read_signed(status), status)
-        with contextlib.suppress(ProcessLookupError):
-            while forked.poll() is None and os.getsid(forked.pid) != forked.pid:  # its group can then be stopped
-                time.sleep(0.001)
-        return forked
-
-    def poll(self) -> int | None:
-        return self._await(0)
-
-    def wait(self, timeout: float | None = None) -> int:
-        if (code := self._await(timeout)) is None:
-            raise subprocess.TimeoutExpired("a forked worker", timeout or 0.0)
-        return code
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def _await(self, timeout: float | None) -> int | None:
-        if self.returncode is None and wait([self.status], timeout):
-            self.returncode = forkserver.read_signed(self.status)
-            os.close(self.status)
-        return self.returncode
+def start_seedbeds() -> None:
+    """Start the seedbeds. They end with this process, whose end closes their input."""
+    folder = Path(tempfile.mkdtemp(prefix="seedbeds"))
+    os.environ[ADDRESSES] = str(folder)
+    for number in range(nursery.NURSERIES):
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(folder / str(number)))
+            listening.listen()
+            command = [sys.executable, "-c", _SEEDBED.format(path=import_path(), handle=listening.fileno())]
+            handles = [listening.fileno()]
+            _seedbeds.append(
+                subprocess.Popen(
+                    command, stdin=subprocess.PIPE, env=environment_of_workers(), pass_fds=handles, cwd=ROOT
+                )
+            )
 
 
-def launch(rank: int, world_size: int, backend: str, port: int) -> _Worker:
-    """`_Worker.launch`, by a fork where that is the same. CUDA cannot be used in a process that was forked."""
-    if backend != "gloo" or torch.cuda.is_available():
-        return _fresh(rank, world_size, backend, port)
-    server, before = _server(rank % SERVERS)
-    environment = _environment()
-    differing = {name for name in before.keys() | environment.keys() if before.get(name) != environment.get(name)}
-    if any(name.startswith(AT_IMPORT) for name in differing - READ_LATER):
-        return _fresh(rank, world_size, backend, port)
-    ours, theirs = socket.socketpair()
-    lifeline, its_lifeline = socket.socketpair()
-    dump = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the worker
-    setup = {"rank": rank, "world_size": world_size, "backend": backend, "port": port}
-    sys.stdout.flush()
-    handles = [theirs.fileno(), its_lifeline.fileno(), dump.fileno(), 1, 2]
-    process = Forked.start(server, _Start(setup, environment, os.getcwd()), handles)
-    theirs.close()
-    its_lifeline.close()
-    return _Worker(rank, process, Connection(ours.detach()), lifeline, dump)  # type: ignore[arg-type]
+def stop_seedbeds() -> None:
+    """Stop them, where they were started."""
+    for each in _seedbeds:
+        assert each.stdin is not None
+        each.stdin.close()
+        each.kill()
+        each.wait()
+    if _seedbeds:
+        shutil.rmtree(os.environ.pop(ADDRESSES))
+    _seedbeds.clear()
 
 
-_fresh = _Worker.launch
+def connect() -> None:
+    """Have this process's nurseries forked from the seedbeds, if there are any."""
+    for number in range(nursery.NURSERIES) if ADDRESSES in os.environ else ():
+        requests = socket.socket(socket.AF_UNIX)
+        requests.connect(str(Path(os.environ[ADDRESSES]) / str(number)))
+        nursery.known[number, PRELOAD] = nursery.Nursery(requests, environment_of_workers())
+    os.environ.pop(ADDRESSES, None)  # a program that a test starts has no part in this
+
+
+def grow(handle: int) -> None:
+    """Run a seedbed: import, then fork a nursery for each connection until the input closes."""
+    for name in PRELOAD:
+        importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that no zombie stays
+    listening = socket.socket(fileno=handle)
+    while True:
+        ready, _, _ = select.select([0, listening], [], [])
+        if 0 in ready:
+            os._exit(0)
+        requests, _ = listening.accept()
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            listening.close()
+            nursery.tend(requests.detach(), ())
+        requests.close()
+
+
+_seedbeds: list[subprocess.Popen[bytes]] = []

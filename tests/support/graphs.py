@@ -1,4 +1,4 @@
-"""Compile a function up to Inductor's post-grad graph, with the pass, and look at what became of it."""
+"""Compile a function with the pass, up to Inductor's post-grad graph, and record the result."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusion_core import FusionConfig, FusionPass, Registry, Report, SiteReport, _inductor
+from fusion_core import FusionConfig, FusionPass, Registry, Report, SiteReport
+from fusion_core._torch import inductor
 from fusion_core.lift.collectives import TARGETS
 
 REFERENCE = EntryPoint("reference", "fusion_reference", "fusion_core.backends")
@@ -22,7 +25,7 @@ def registry(*points: EntryPoint, config: FusionConfig | None = None) -> Registr
 
 
 def plugin(monkeypatch: Any, name: str, **hooks: Any) -> EntryPoint:
-    """An entry point to a module made of these attributes; functions are marked as hooks unless they are already."""
+    """An entry point to a module with these attributes; functions are marked as hooks unless they already are."""
     import sys
     from types import ModuleType
 
@@ -36,7 +39,7 @@ def plugin(monkeypatch: Any, name: str, **hooks: Any) -> EntryPoint:
 
 
 def describe(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """A graph as values that can be compared: node for node, with names, arguments, shapes and dtypes."""
+    """A graph as comparable values: for each node its name, arguments, shape and dtype."""
 
     def plain(argument: Any) -> Any:
         return argument.name if isinstance(argument, fx.Node) else argument
@@ -92,11 +95,11 @@ def fuse(
     dynamic: bool = False,
     grad: bool = False,
 ) -> Fused:
-    """Compile and run a function with the pass, stopping behind the post-grad passes."""
+    """Compile and run a function with the pass, without Inductor's steps after the post-grad passes."""
     fused = Fused()
     own = FusionPass(config) if using is None else FusionPass(registry=using)
 
-    class Look(_inductor.CustomGraphPass):
+    class Look(inductor.CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
             fused.before.append(describe(graph))
             fused.reports.append(own.run(graph))
@@ -111,10 +114,18 @@ def fuse(
             return self
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, backend=_inductor.post_grad_only(Look()), dynamic=dynamic, fullgraph=True)
+    compiled = torch.compile(function, backend=inductor.post_grad_only(Look()), dynamic=dynamic, fullgraph=True)
     with torch.set_grad_enabled(grad):
         fused.results = compiled(*args)
         if grad:
             results = fused.results if isinstance(fused.results, tuple) else (fused.results,)
             torch.autograd.backward([r.sum() for r in results if r.requires_grad])
     return fused
+
+
+def graph_of(function: Any, *shapes: tuple[int, ...]) -> tuple[fx.Graph, list[torch.Tensor]]:
+    """A graph as operators were called, with what functionalisation would have taken out: in-place collectives, writes."""
+    mode = FakeTensorMode()
+    with mode:
+        inputs = [torch.empty(shape) for shape in shapes]
+    return make_fx(function)(*inputs).graph, inputs

@@ -1,4 +1,4 @@
-"""The post-grad graph of a model of many equal layers, without the minutes that Dynamo would take to capture it."""
+"""The post-grad graph of a model of many equal layers, without the minutes that Dynamo would need to capture it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_core import _inductor
+from fusion_core._torch import inductor
 
 
-class _Keep(_inductor.CustomGraphPass):
+class _Keep(inductor.CustomGraphPass):
     def __init__(self) -> None:
         self.graphs: list[fx.Graph] = []
 
@@ -28,17 +28,17 @@ class _Keep(_inductor.CustomGraphPass):
 
 
 def stacked(layer: Callable[..., tuple[torch.Tensor, ...]], given: tuple[torch.Tensor, ...], layers: int) -> fx.Graph:
-    """One layer's graph as Inductor's passes see it, as often as it is asked, each copy behind the one before.
+    """One layer's graph, as Inductor's passes get it, repeated in sequence.
 
     Args:
-        layer: From tensors to as many of the first of them as it gives back: the next layer's.
+        layer: Takes tensors and returns new values for the first of them, the inputs of the next layer.
         given: Its tensors.
-        layers: How often.
+        layers: The number of copies.
     """
     keep = _Keep()
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.compile(layer, backend=_inductor.post_grad_only(keep), fullgraph=True)(*given)
+        torch.compile(layer, backend=inductor.post_grad_only(keep), fullgraph=True)(*given)
     (one,) = keep.graphs
     found = fx.Graph()
     inputs = [node for node in one.nodes if node.op == "placeholder"]

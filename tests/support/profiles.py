@@ -1,6 +1,6 @@
-"""How many examples hypothesis draws: every number is here.
+"""The numbers of examples that hypothesis draws, all in one place.
 
-``make test`` runs ``ci``, ``make test-nightly`` runs ``nightly``, which draws all that ``ci`` draws, and more.
+``make test`` runs ``ci``, ``make test-nightly`` runs ``nightly``, which draws more examples.
 """
 
 import os
@@ -8,11 +8,14 @@ import os
 import hypothesis
 
 EXAMPLES = {"brief": 5, "ci": 20, "dev": 20, "thorough": 100, "nightly": 2000}
-"""Profile → examples of a property, and sites of a strategy in the conformance kit."""
+"""Profile → examples per property, and sites per strategy in the conformance kit."""
 FIXED = ("brief", "ci", "thorough")
-"""The same examples on every run: a red build is the change's own fault."""
+"""Profiles with the same examples on every run, so that a failure is caused by the change under test."""
 KIT_OVER_A_MODEL = {"ci": "brief"}
-"""Profile → that of the kit where kernels are a model of AITER's, once for each architecture; others: their own."""
+"""Profile → the profile of the kit on a model of AITER's kernels, run once per architecture; default: the same."""
+
+REPEATED = {"ci": "brief"}
+"""Profile → the profile of the kit on a strategy where another one has the same steps and one more; default: the same."""
 
 
 def load() -> None:

@@ -11,7 +11,7 @@ from fusion_core.testing import CHECKS, CheckSkipped, checking, conformance, sub
 from fusion_core.testing.jobs import Outcome
 
 TWO_LINES = "from fusion_core.testing.conformance import *  # noqa: F403\n"
-ELSEWHERE = 'BACKEND = "wrong"\nENTRY_POINT = "tests.testing.wrong_backends:runs_elsewhere"\n'
+ELSEWHERE = 'BACKEND = "wrong"\nENTRY_POINT = "tests.testing.elsewhere:runs_elsewhere"\n'
 
 
 def outcome(tmp_path, text, **environment):
@@ -62,7 +62,7 @@ def test_a_backend_without_its_device_has_all_else_tested_and_the_rest_skipped_w
 
 
 def test_what_needs_no_device_finds_faults_without_one():
-    (subject,) = subjects("wrong", "tests.testing.wrong_backends:runs_elsewhere", 20)
+    (subject,) = subjects("wrong", "tests.testing.elsewhere:runs_elsewhere", 20)
     for check in CHECKS:
         if check.needs_device:
             with pytest.raises(CheckSkipped, match="needs an Acme 1"):

@@ -1,10 +1,12 @@
 """The kit itself: each wrong backend is caught by the check that names what is wrong, in words that an author can use."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 
-from fusion_core.testing import CHECKS, CheckFailed, CheckNotApplicable, subjects
+from fusion_core.samples.sites import resized
+from fusion_core.testing import CHECKS, CheckFailed, CheckNotApplicable, Values, example_site, jobs, subjects
 
 RUN = {check.name: check.run for check in CHECKS}
 
@@ -27,7 +29,7 @@ CAUGHT = [
     ("has_no_fake", "declares_what_the_definition_gives", "this kernel has no fake"),
     ("lies_about_shapes", "fake_matches_real", "the fake gives normed as bfloat16[1024]"),
     ("lies_about_strides", "fake_matches_real", "the fake gives normed as bfloat16[4, 256] on cpu, strides [512, 2]"),
-    ("hides_a_write", "fake_matches_real", "torch.library.opcheck says"),
+    ("hides_a_write", "fake_matches_real", "torch.library.opcheck raises"),
     ("mutates_an_input", "leaves_its_inputs_alone", "it writes into residual"),
     ("writes_into_the_gaps", "leaves_its_inputs_alone", "it writes into x"),
     ("hides_a_write", "leaves_its_inputs_alone", "it writes into residual"),
@@ -51,6 +53,7 @@ CAUGHT = [
     ("is_wrong_at_hidden_16384", "is_right_at_large_sizes_and_at_its_bounds", "x=bfloat16[2, 16384]"),
     ("is_wrong_at_four_ranks", "is_right_at_every_world_size", "on 4 ranks of cpu"),
     ("adds_its_own_part_first", "gives_the_same_bits_on_every_rank", "x=float32[4, 256]"),
+    ("forgets_the_sum_without_a_workspace", "goes_on_where_a_workspace_fails", "where create raises on one rank: "),
     ("has_a_row_where_there_is_none", "takes_no_rows_or_refuses", "gives normed as bfloat16[1, 256], needs bfloat16[0, 256]"),
 ]  # fmt: skip
 
@@ -86,6 +89,14 @@ def test_a_strategy_behind_an_option_is_tested_where_the_user_switched_it_on(mon
     assert subjects("wrong", "tests.testing.wrong_backends:fine_if_switched_on") == ()
     monkeypatch.setenv("FUSION_CORE_OPTIONS", "acme.fast,wrong.switch")  # the first of a backend that is not under test
     RUN["stands_in_the_compiled_graph"](subject_of("fine_if_switched_on"))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_an_operator_may_be_given_two_sizes_of_0():
+    """What `torch.library.opcheck` itself cannot copy is no fault of the operator."""
+    subject = subject_of("fine_operator")
+    site = replace(resized(subject.pattern, example_site(subject.pattern), (0, 0, 64)), world_size=1)
+    assert jobs.fakes_and_results(subject, site, Values()) == []
 
 
 @pytest.mark.parametrize("check", ["declares_what_the_definition_gives", "fake_matches_real"])

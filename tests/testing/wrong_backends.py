@@ -5,8 +5,6 @@ Each is the value of an entry point: ``EntryPoint("wrong", "tests.testing.wrong_
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,61 +13,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fusion_core import (
-    Arch,
-    Attribute,
-    Contiguous,
-    Device,
-    Dimensions,
-    DType,
     MultipleOf,
-    OnDevice,
-    Reason,
-    SameDType,
-    Site,
     SizeBetween,
-    Strategy,
     Tokens,
-    WorldSize,
-    hookimpl,
     pattern,
 )
-from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.vocabulary import add, all_reduce, rms_norm
-
-PATTERN = next(each for each in CORE_PATTERNS if each.name == "all_reduce_add_rms_norm")
-Results = tuple[Tensor, ...]
-
-
-def backend(impl: Callable[..., Any], pattern=PATTERN, **declared: Any) -> SimpleNamespace:
-    """A plugin with one strategy."""
-
-    def fusion_strategies() -> list[Strategy]:
-        return [Strategy(pattern=pattern.name, name=f"wrong.{pattern.name}", impl=impl, **declared)]
-
-    own = [] if pattern in CORE_PATTERNS else [pattern]
-    return SimpleNamespace(fusion_strategies=hookimpl(fusion_strategies), fusion_patterns=hookimpl(lambda: own))
-
-
-def behind(change: Callable[..., Any]) -> Callable[..., Any]:
-    """The definition, with a change of what it gives for real tensors. The change takes the arguments and results."""
-
-    def impl(x, residual, weight, eps, *, weight_bias=0.0, residual_dtype=None, norm_dtype=None, group):
-        given = {name: value for name, value in locals().items() if name != "change"}
-        results = PATTERN.function(**given)
-        return results if isinstance(x, FakeTensor) else change(SimpleNamespace(**given), *results)
-
-    return impl
-
-
-def before(change: Callable[..., Any]) -> Callable[..., Any]:
-    """The definition of other arguments than it was given."""
-
-    def impl(x, residual, weight, eps, *, weight_bias=0.0, residual_dtype=None, norm_dtype=None, group):
-        given = {name: value for name, value in locals().items() if name != "change"}
-        return PATTERN.function(**{**given, **({} if isinstance(x, FakeTensor) else change(SimpleNamespace(**given)))})
-
-    return impl
-
+from tests.testing.one_strategy import PATTERN, Results, backend, before, behind, definition, operator
+from tests.testing.wrong_requirements import AnyDType, Never, Silent, Strange
+from tests.testing.wrong_workspaces import own_part_alone
 
 # Nothing is wrong with the first: it shows that what catches the others is what is wrong with them.
 
@@ -129,35 +81,6 @@ def _in_the_gaps(given: Any, *results: Tensor) -> Results:
 
 
 writes_into_the_gaps = backend(behind(_in_the_gaps))
-
-
-class AnyDType(DType):
-    """A guard that was forgotten."""
-
-    def unmet(self, site: Site) -> Reason | None:
-        return None
-
-
-class Never(DType):
-    """A guard that lets nothing through."""
-
-    def unmet(self, site: Site) -> Reason | None:
-        return Reason("never", "something was found", "nothing that there is", self.arg)
-
-
-class Silent(DType):
-    """A guard that refuses without a word."""
-
-    def unmet(self, site: Site) -> Reason | None:
-        return None if super().unmet(site) is None else Reason("", "")
-
-
-@dataclass(frozen=True)
-class Strange:
-    """A requirement of a class that the kit does not know."""
-
-    def unmet(self, site: Site) -> Reason | None:
-        return None
 
 
 accepts_everything = backend(PATTERN.function, requires=(AnyDType("x", torch.bfloat16),))
@@ -251,30 +174,8 @@ def _by_batch(given: Any, normed: Tensor, *others: Tensor) -> Results:
 differs_between_batches = backend(behind(_by_batch), batch_invariant=True)
 
 
-def _operator(name: str, real: Callable[..., Results], fake: Callable[..., Results]) -> Any:
-    def run(
-        x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, group: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return real(x, residual, weight, eps, group)
-
-    def run_fake(x, residual, weight, eps, group):
-        plain = x.new_empty(x.shape)
-        summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-        return fake(summed, summed.clone(), plain)
-
-    operator = torch.library.custom_op(f"fusion_wrong::{name}", run, mutates_args=())
-    operator.register_fake(run_fake)
-    return operator
-
-
-def _definition(x, residual, weight, eps, group) -> Results:
-    # an operator's results may not be each other, nor its inputs; and are dense here, as the fake says
-    results = PATTERN.function(x, residual, weight, eps, group=group)
-    return tuple(torch.empty(each.shape, dtype=each.dtype).copy_(each) for each in results)
-
-
 def _with_a_write(x, residual, weight, eps, group) -> Results:
-    results = _definition(x, residual, weight, eps, group)
+    results = definition(x, residual, weight, eps, group)
     residual.add_(1)
     return results
 
@@ -283,14 +184,14 @@ def _sparse(each: Tensor) -> Tensor:
     return torch.empty_strided(each.shape, [2 * step for step in each.stride()], dtype=each.dtype)
 
 
-fine_operator = backend(_operator("fine", _definition, lambda *outputs: outputs))
+fine_operator = backend(operator("fine", definition, lambda *outputs: outputs))
 
 
 @torch.library.custom_op("fusion_wrong::setting", mutates_args=())
 def _takes_a_setting(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, group: str, max_tokens: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _definition(x, residual, weight, eps, group)
+    return definition(x, residual, weight, eps, group)
 
 
 @_takes_a_setting.register_fake
@@ -301,15 +202,15 @@ def _(x, residual, weight, eps, group, max_tokens):
 
 takes_a_setting = backend(_takes_a_setting)
 lies_about_dtypes = backend(
-    _operator("dtypes", _definition, lambda normed, summed, reduced: (normed.double(), summed, reduced))
+    operator("dtypes", definition, lambda normed, summed, reduced: (normed.double(), summed, reduced))
 )
 lies_about_shapes = backend(
-    _operator("shapes", _definition, lambda normed, summed, reduced: (normed.flatten(), summed, reduced))
+    operator("shapes", definition, lambda normed, summed, reduced: (normed.flatten(), summed, reduced))
 )
 lies_about_strides = backend(
-    _operator("strides", _definition, lambda normed, summed, reduced: (_sparse(normed), summed, reduced))
+    operator("strides", definition, lambda normed, summed, reduced: (_sparse(normed), summed, reduced))
 )
-hides_a_write = backend(_operator("write", _with_a_write, lambda *outputs: outputs))
+hides_a_write = backend(operator("write", _with_a_write, lambda *outputs: outputs))
 
 
 @backend
@@ -352,6 +253,7 @@ def _die(given: Any) -> dict[str, Any]:
     return {}
 
 
+forgets_the_sum_without_a_workspace = backend(before(own_part_alone))
 dies_on_one_rank = backend(before(_die))
 
 
@@ -363,31 +265,3 @@ def all_reduce_shifted_rms_norm(x: Tensor, shift: Tensor, *, group: str) -> tupl
 
 
 has_a_pattern_without_example = backend(all_reduce_shifted_rms_norm.function, all_reduce_shifted_rms_norm)
-
-
-@hookimpl
-def _no_hardware(device: Device) -> list[Reason]:
-    return [] if device.arch == "acme1" else [Reason("device", f"device is {device}", "an Acme 1")]
-
-
-# Not wrong: a vendor's backend on a machine without its device. Its kernel cannot even be called here.
-
-ELSEWHERE = (
-    OnDevice("cuda"),
-    Arch("acme1"),
-    WorldSize(4, 8),
-    Dimensions("x", 2),
-    DType("x", torch.bfloat16, torch.float16),
-    SameDType("x", "residual", "weight", "normed"),
-    MultipleOf("x", -1, 128),
-    SizeBetween("x", -1, 512, 16384),
-    Contiguous("x"),
-    Contiguous("residual"),
-    Attribute("weight_bias", 0.0),
-)
-runs_elsewhere = backend(
-    _operator("elsewhere", _die, lambda *outputs: outputs),
-    requires=ELSEWHERE,
-    worthwhile=(SizeBetween("x", 0, 1, 256),),
-)
-runs_elsewhere.fusion_available = _no_hardware

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from fusion_core import Attribute, Reason, Strategy, hookimpl
-from fusion_core.run_time import fell_back
+from fusion_core.fallback import fell_back
 
 ADD = "all_reduce_add_rms_norm"
 GROUP_FP8 = "all_reduce_rms_norm_group_fp8"

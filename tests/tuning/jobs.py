@@ -7,10 +7,10 @@ import torch.distributed as dist
 
 from fusion_core import FusionConfig
 from fusion_core.plugins.registry import GROUP, Registry
-from fusion_core.tune.clocks import WallClock
 from fusion_core.tune.measure import Bench
 from fusion_core.tune.plan import Plan
 from fusion_core.tune.ranks import Ranks
+from fusion_core.tune.timers import CallTimer
 from tests.tuning import acme
 
 DTYPE = torch.float32
@@ -21,7 +21,7 @@ def registry(order=("acme",)):
     return Registry.of(points, FusionConfig(order=order))
 
 
-class Clock(WallClock):
+class Timer(CallTimer):
     """Says what it is asked."""
 
     def __init__(self, ranks, short=None):
@@ -57,40 +57,40 @@ def measured(pattern, hidden, tokens, without=(), order=("acme",), dtype=DTYPE):
     acme._exits.clear()
     acme._fallen.clear()
     ranks, plan = _plan(order, dtype)
-    clock = Clock(ranks)
-    found = Bench(plan, ranks, clock, tokens).measure(plan.registry.patterns[pattern], hidden, tokens, without)
-    return found.us, found.notes, clock.recorded, clock.dropped
+    timer = Timer(ranks)
+    found = Bench(plan, ranks, timer, tokens).measure(plan.registry.patterns[pattern], hidden, tokens, without)
+    return found.us, found.notes, timer.recorded, timer.dropped
 
 
 def flushed():
     """How often the caches were flushed in the runs of a point as they were recorded, and how many sites those have."""
     ranks, plan = _plan()
-    clock = Clock(ranks)
-    clock.times = lambda runs, size: (dict.fromkeys(runs, 1.0), {})
-    Bench(plan, ranks, clock, 4).measure(plan.registry.patterns["all_reduce"], 64, 4)
-    return clock.flushed, clock.recorded * clock.sites(64 * 4 * 4)
+    timer = Timer(ranks)
+    timer.times = lambda runs, size: (dict.fromkeys(runs, 1.0), {})
+    Bench(plan, ranks, timer, 4).measure(plan.registry.patterns["all_reduce"], 64, 4)
+    return timer.flushed, timer.recorded * timer.sites(64 * 4 * 4)
 
 
 def measured_where_a_run_fails(name):
     """A point of which this run, on rank 1, does not run to the end while it is timed."""
     ranks, plan = _plan()
-    clock = Clock(ranks)
-    whole = clock.times
+    timer = Timer(ranks)
+    whole = timer.times
 
     def raises():
         raise RuntimeError("the device is lost")
 
-    clock.times = lambda runs, size: whole({**runs, name: raises if ranks.rank == 1 else runs[name]}, size)
+    timer.times = lambda runs, size: whole({**runs, name: raises if ranks.rank == 1 else runs[name]}, size)
     without = [f"acme.{each.__name__}" for each in (acme.raises_in_a_later_repetition, acme.exits_when_timed)]
-    found = Bench(plan, ranks, clock, 4).measure(plan.registry.patterns["all_reduce"], 64, 4, without)
+    found = Bench(plan, ranks, timer, 4).measure(plan.registry.patterns["all_reduce"], 64, 4, without)
     return found.us, found.notes
 
 
 def measured_where_memory_is_short():
     ranks, plan = _plan()
-    clock = Clock(ranks, "3 MiB are free" if dist.get_rank() == 1 else None)
-    found = Bench(plan, ranks, clock, 4).measure(plan.registry.patterns["all_reduce"], 64, 4)
-    return found.us, found.notes, clock.asked, clock.recorded
+    timer = Timer(ranks, "3 MiB are free" if dist.get_rank() == 1 else None)
+    found = Bench(plan, ranks, timer, 4).measure(plan.registry.patterns["all_reduce"], 64, 4)
+    return found.us, found.notes, timer.asked, timer.recorded
 
 
 def ranks_talk():
@@ -103,4 +103,4 @@ def ranks_talk():
 
     times = {"a": float(ranks.rank), "b": -float(ranks.rank)}
     given = ranks.attempt(lambda: float(ranks.rank + 5))
-    return ranks.gather(ranks.rank), ranks.first(ranks.rank), given, ranks.attempt(fails), ranks.slowest(times)
+    return ranks.gather(ranks.rank), ranks.broadcast(ranks.rank), given, ranks.attempt(fails), ranks.slowest(times)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from fusion_core import plotting
+from fusion_core.cli import plotting
+from fusion_core.cli.tune_drawing import drawing, panels
 from fusion_core.tables import UNFUSED, Machine, Row, Table
 from fusion_core.tables.store import read
-from fusion_core.tune.crossovers import crossovers, drawing, fastest, panels, series
+from fusion_core.tune.crossovers import crossovers, fastest, series
 
 ADD = "all_reduce_add_rms_norm"
 RECORDED = {ranks: read(Path(__file__).parent / f"h200x{ranks}.json") for ranks in (2, 4)}

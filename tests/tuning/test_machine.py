@@ -133,7 +133,7 @@ def test_the_links_of_two_gpus_can_be_told() -> None:
 
 def nvlinks(monkeypatch: Any, matrix: Any, driver: str = "580.95.05") -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr(links, "_nvlinks", lambda: matrix)
+    monkeypatch.setattr(links, "nvlinks", lambda: matrix)
     monkeypatch.setattr(links, "driver_version", lambda: driver)
 
 

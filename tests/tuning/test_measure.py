@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusion_core.tune.clocks import GraphClock
+from fusion_core.tune.timers import GraphTimer
 from fusion_core.workers import WorkerPool
 from tests.tuning import jobs
 from tests.tuning.acme import ADD
@@ -102,5 +102,5 @@ def test_a_whole_pattern_and_a_bare_all_reduce_with_the_rest_behind_it(ranks):
 
 
 def test_a_graph_has_fewer_sites_where_one_takes_long():
-    clock = object.__new__(GraphClock)
-    assert [clock.sites(size << 20) for size in (1, 16, 32, 64, 256, 1024)] == [16, 16, 15, 7, 4, 4]
+    timer = object.__new__(GraphTimer)
+    assert [timer.sites(size << 20) for size in (1, 16, 32, 64, 256, 1024)] == [16, 16, 15, 7, 4, 4]

@@ -66,8 +66,8 @@ def test_a_place_is_as_an_eager_call_describes_it(monkeypatch, one_rank):
     """What a strategy is asked about is what it is asked about when a model runs."""
     seen = []
 
-    def refuse(self, site, pattern):
-        seen.append(site)
+    def refuse(self, answers, pattern):
+        seen.append(answers.site)
         return (Reason("test", "this is a test"),)
 
     own = Plan(registry(), torch.bfloat16, CPU, one_rank, 1)
@@ -75,7 +75,7 @@ def test_a_place_is_as_an_eager_call_describes_it(monkeypatch, one_rank):
     column = own.columns(pattern)[0]
     site = own.site(pattern, column.form, 64, 4)
     given = tensors(site, 0, CPU)
-    monkeypatch.setattr(Strategy, "cannot", refuse)
+    monkeypatch.setattr(Strategy, "unmet", refuse)
     scalars = dict(column.form.scalars)
     with pytest.raises(Exception, match="this is a test"):
         ops.all_reduce_add_rms_norm_static_fp8(**given, **scalars, group=one_rank)

@@ -224,9 +224,9 @@ def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(monkeypatch: A
         (b"\x80\x04K\x05.", "is not JSON in UTF-8"),  # a pickle
         (b'{"a": "\xff"}', "is not JSON in UTF-8"),
         (b'{"schema": 1, "rows": [', "is not JSON in UTF-8"),
-        (b'{"schema": NaN}', "NaN is no JSON"),
-        (b'{"schema": -Infinity}', "-Infinity is no JSON"),
-        (b'{"schema": 1, "schema": 1}', "the key 'schema' stands twice"),
+        (b'{"schema": NaN}', "NaN is not JSON"),
+        (b'{"schema": -Infinity}', "-Infinity is not JSON"),
+        (b'{"schema": 1, "schema": 1}', "the key 'schema' occurs twice"),
         (b"[" * 100_000, "is not JSON in UTF-8"),
         (b'{"schema": ' + b"1" * 5000 + b"}", "is not JSON in UTF-8"),
         (b"[]", r"the table is \[\], needs an object"),

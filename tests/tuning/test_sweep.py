@@ -15,7 +15,7 @@ TOKENS = (1, 2, 4, 8)
 
 
 class Alone:
-    def first(self, value):
+    def broadcast(self, value):
         return value
 
 
@@ -35,9 +35,9 @@ class Bench:
         return Measured({name: time for name, time in us.items() if time is not None}, {})
 
 
-def swept(bench, patterns=(PATTERN,), hidden=(64,), tokens=TOKENS, budget=1e9, ranks=None, said=lambda *_: None):
+def swept(bench, patterns=(PATTERN,), hidden=(64,), tokens=TOKENS, budget=1e9, ranks=None, progress=lambda *_: None):
     clock = lambda: bench.now  # noqa: E731
-    found = sweep(patterns, hidden, tokens, "bfloat16", bench, ranks or Alone(), budget, said, clock)
+    found = sweep(patterns, hidden, tokens, "bfloat16", bench, ranks or Alone(), budget, progress, clock)
     Table(Machine("Acme 9000", world_size=2), found.rows, "2026-11-22T10:00:00+00:00", "")  # a table takes them
     return found
 
@@ -52,7 +52,7 @@ def points(found):
 
 def test_whole_blocks_in_order():
     bench, told = Bench({"unfused": flat(10.0), "acme.sum": flat(5.0)}), []
-    found = swept(bench, ("b", "a"), (64, 32), (1, 8), said=lambda done, what: told.append((done, what)))
+    found = swept(bench, ("b", "a"), (64, 32), (1, 8), progress=lambda done, what: told.append((done, what)))
     order = [(pattern, hidden, tokens) for pattern in "ba" for hidden in (64, 32) for tokens in (1, 8)]
     assert bench.asked == points(found) == order
     assert found.notes == ()
@@ -148,7 +148,7 @@ def test_rank_0_alone_decides_whether_there_is_time():
     class Other:
         """Another rank, whose clock says that the time is over."""
 
-        def first(self, value):
+        def broadcast(self, value):
             asked.append(value)
             return False
 

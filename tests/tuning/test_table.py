@@ -1,12 +1,10 @@
-"""What a table says: at its points, between them, and nothing beyond; and what is no table."""
+"""What a table says: at its points, between them, and nothing beyond."""
 
-import copy
 import dataclasses
 import itertools
 import json
 import math
 import timeit
-from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -14,28 +12,12 @@ import pytest
 import torch
 from hypothesis import given
 
-from fusion_core import ConfigError
-from fusion_core.tables import UNFUSED, Machine, Row, Table, TableError
-from fusion_core.tables.store import read
-
-FOLDER = Path(__file__).parent
-ADD = "all_reduce_add_rms_norm"
-ONE_SHOT, TWO_SHOT = f"flashinfer.{ADD}", f"flashinfer.{ADD}_two_shot"
-BARE, SYMM = "flashinfer.all_reduce", "reference.symm_mem_two_shot"
-MADE = "2026-11-22T10:00:00+00:00"
-RECORDED = {ranks: read(FOLDER / f"h200x{ranks}.json") for ranks in (2, 4)}
-
-
-def table(*rows: Row) -> Table:
-    return Table(Machine("Acme 9000", world_size=2), rows, MADE, "a test")
-
-
-def point(hidden: int, tokens: int, unfused: float, dtype: str = "bfloat16", **us: float) -> Row:
-    return Row("all_reduce", dtype, hidden, tokens, {UNFUSED: unfused, **{f"acme.{name}": us[name] for name in us}})
+from fusion_core.tables import UNFUSED, Machine, Row, Table
+from tests.tuning.made import ADD, BARE, ONE_SHOT, RECORDED, SYMM, TWO_SHOT, point, table
 
 
 def bf16(measured: Table, hidden: int, tokens: int) -> dict[str, float]:
-    return measured.figures("all_reduce", torch.bfloat16, hidden, tokens)
+    return measured.times("all_reduce", torch.bfloat16, hidden, tokens)
 
 
 # figures
@@ -44,7 +26,7 @@ def bf16(measured: Table, hidden: int, tokens: int) -> dict[str, float]:
 @pytest.mark.parametrize("ranks", RECORDED)
 def test_a_measured_point_has_its_figures_to_the_last_digit(ranks: int) -> None:
     for row in RECORDED[ranks].rows:
-        assert RECORDED[ranks].figures(row.pattern, torch.bfloat16, row.hidden, row.tokens) == row.us
+        assert RECORDED[ranks].times(row.pattern, torch.bfloat16, row.hidden, row.tokens) == row.us
 
 
 @pytest.mark.parametrize("ranks", RECORDED)
@@ -52,9 +34,9 @@ def test_between_two_points_a_figure_lies_between_their_times_and_moves_one_way(
     recorded, rows = RECORDED[ranks], RECORDED[ranks].rows
     for low, high in itertools.pairwise(rows):
         counts = range(low.tokens, high.tokens + 1, max(1, (high.tokens - low.tokens) // 50))
-        lines = [recorded.figures(ADD, torch.bfloat16, 8192, tokens) for tokens in counts]
+        lines = [recorded.times(ADD, torch.bfloat16, 8192, tokens) for tokens in counts]
         for name in low.us.keys() & high.us.keys():
-            line = [figures[name] for figures in lines]
+            line = [times[name] for times in lines]
             assert line == sorted(line, reverse=low.us[name] > high.us[name])
             assert min(low.us[name], high.us[name]) <= min(line) <= max(line) <= max(low.us[name], high.us[name])
 
@@ -70,10 +52,10 @@ def test_halfway_between_two_points_is_the_geometric_mean_in_tokens_and_in_hidde
 
 def test_a_way_that_did_not_run_at_a_point_that_is_needed_has_no_figure() -> None:
     recorded = RECORDED[4]
-    assert TWO_SHOT not in recorded.figures(ADD, torch.bfloat16, 8192, 1)
-    assert TWO_SHOT not in recorded.figures(ADD, torch.bfloat16, 8192, 7)
-    assert TWO_SHOT in recorded.figures(ADD, torch.bfloat16, 8192, 8)
-    assert ONE_SHOT in recorded.figures(ADD, torch.bfloat16, 8192, 7)
+    assert TWO_SHOT not in recorded.times(ADD, torch.bfloat16, 8192, 1)
+    assert TWO_SHOT not in recorded.times(ADD, torch.bfloat16, 8192, 7)
+    assert TWO_SHOT in recorded.times(ADD, torch.bfloat16, 8192, 8)
+    assert ONE_SHOT in recorded.times(ADD, torch.bfloat16, 8192, 7)
     rows = [point(h, t, 10.0, late=5.0) for h in (1024, 4096) for t in (1, 16)]
     rows[-1] = point(4096, 16, 10.0)  # one corner of four lacks it
     measured = table(*rows)
@@ -88,42 +70,40 @@ def test_a_way_that_did_not_run_at_a_point_that_is_needed_has_no_figure() -> Non
     ("hidden", "tokens"), [(8192, 0), (8192, 1025), (8191, 8), (8193, 8), (8193, 2000), (4096, 8), (16384, 300)]
 )
 def test_nothing_is_said_beyond_the_outermost_points(hidden: int, tokens: int) -> None:
-    assert RECORDED[4].figures(ADD, torch.bfloat16, hidden, tokens) == {}
+    assert RECORDED[4].times(ADD, torch.bfloat16, hidden, tokens) == {}
 
 
 def test_nothing_is_said_about_another_pattern_or_size_of_dtype() -> None:
     recorded = RECORDED[4]
-    assert recorded.figures(f"{ADD}_static_fp8", torch.bfloat16, 8192, 8) == {}
-    assert recorded.figures(ADD, torch.float32, 8192, 8) == {}
-    assert table().figures(ADD, torch.bfloat16, 8192, 8) == {}
+    assert recorded.times(f"{ADD}_static_fp8", torch.bfloat16, 8192, 8) == {}
+    assert recorded.times(ADD, torch.float32, 8192, 8) == {}
+    assert table().times(ADD, torch.bfloat16, 8192, 8) == {}
 
 
 def test_float16_and_bfloat16_stand_for_each_other_where_only_one_was_measured() -> None:
     measured = table(point(64, 1, 10))
-    assert measured.figures("all_reduce", torch.float16, 64, 1) == {UNFUSED: 10.0}
+    assert measured.times("all_reduce", torch.float16, 64, 1) == {UNFUSED: 10.0}
     measured = table(point(64, 1, 10, "float16"), point(64, 1, 30, "float32"))
     assert bf16(measured, 64, 1) == {UNFUSED: 10.0}
-    assert measured.figures("all_reduce", torch.float32, 64, 1) == {UNFUSED: 30.0}
+    assert measured.times("all_reduce", torch.float32, 64, 1) == {UNFUSED: 30.0}
     measured = table(point(64, 1, 10, "float16"), point(64, 1, 20))
     assert bf16(measured, 64, 1) == {UNFUSED: 20.0}
-    assert measured.figures("all_reduce", torch.float16, 64, 1) == {UNFUSED: 10.0}
+    assert measured.times("all_reduce", torch.float16, 64, 1) == {UNFUSED: 10.0}
 
 
 def lowest(ranks: int, tokens: int) -> str:
-    figures = RECORDED[ranks].figures(ADD, torch.bfloat16, 8192, tokens)
-    return min(figures, key=figures.__getitem__)
+    times = RECORDED[ranks].times(ADD, torch.bfloat16, 8192, tokens)
+    return min(times, key=times.__getitem__)
 
 
 def test_the_recorded_crossovers_are_found() -> None:
     assert [lowest(4, tokens) for tokens in (32, 64, 65, 128, 256, 1024)] == [ONE_SHOT] * 3 + [SYMM] * 3
     assert [lowest(2, tokens) for tokens in (32, 128, 512)] == [ONE_SHOT] * 3
     # FlashInfer's bare sum with Inductor's norm was 4 % below its fused kernel at 8 tokens, all others far above
-    figures = RECORDED[4].figures(ADD, torch.bfloat16, 8192, 8)
-    assert sorted(figures, key=figures.__getitem__)[:2] == [BARE, ONE_SHOT]
+    times = RECORDED[4].times(ADD, torch.bfloat16, 8192, 8)
+    assert sorted(times, key=times.__getitem__)[:2] == [BARE, ONE_SHOT]
     # the static rule "FlashInfer's one-shot" loses to the unfused path between 128 and 256 tokens
-    below = [
-        t for t in range(1, 1025) if (f := RECORDED[4].figures(ADD, torch.bfloat16, 8192, t))[ONE_SHOT] < f[UNFUSED]
-    ]
+    below = [t for t in range(1, 1025) if (f := RECORDED[4].times(ADD, torch.bfloat16, 8192, t))[ONE_SHOT] < f[UNFUSED]]
     assert below == list(range(1, below[-1] + 1))
     assert 128 < below[-1] < 256
 
@@ -162,9 +142,9 @@ def test_every_figure_lies_between_the_times_of_the_points_around_it(measured: T
     around = {max(h for h in sizes if h <= hidden), min(h for h in sizes if h >= hidden)}
     beside = {max(t for t in counts if t <= tokens), min(t for t in counts if t >= tokens)}
     corners = [r.us for r in rows if r.hidden in around and r.tokens in beside]
-    figures = measured.figures("all_reduce", getattr(torch, row.dtype), hidden, tokens)
-    assert figures.keys() == set.intersection(*(set(us) for us in corners))
-    for name, figure in figures.items():
+    times = measured.times("all_reduce", getattr(torch, row.dtype), hidden, tokens)
+    assert times.keys() == set.intersection(*(set(us) for us in corners))
+    for name, figure in times.items():
         times = [us[name] for us in corners]
         assert min(times) * (1 - 1e-9) <= figure <= max(times) * (1 + 1e-9)
 
@@ -206,154 +186,3 @@ def test_the_fingerprint_covers_what_decides_and_nothing_else() -> None:
         assert table(row, rows[1]).fingerprint != measured.fingerprint
     assert table(*(dataclasses.replace(r, hidden=65) for r in rows)).fingerprint != measured.fingerprint
     assert table(dataclasses.replace(rows[0], tokens=3), rows[1]).fingerprint != measured.fingerprint
-
-
-# what is no table
-
-
-def document() -> dict[str, Any]:
-    return json.loads((FOLDER / "h200x4.json").read_text())
-
-
-def changed(path: str, value: Any) -> dict[str, Any]:
-    """The document with what stands at ``path``, like ``rows/0/us``, replaced by ``value``."""
-    whole = found = document()
-    *steps, last = [int(step) if step.isdecimal() else step for step in path.split("/")]
-    for step in steps:
-        found = found[step]
-    found[last] = value
-    return whole
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        ("schema", 2, "schema is 2, needs 1; fusion-core tune writes a table in that form"),
-        ("schema", True, "schema is True, needs a whole number"),
-        ("schema", 1.0, "schema is 1.0, needs a whole number"),
-        ("machine", [], r"machine is \[\], needs an object with gpu, arch"),
-        ("machine/gpu", "", "machine.gpu is '', needs text of 1 to 1000 printable characters"),
-        ("machine/gpu", 5, "machine.gpu is 5, needs text"),
-        ("machine/arch", None, "machine.arch is None, needs text"),
-        ("machine/links", "a\x1b[2J", r"machine.links is 'a\\x1b\[2J', needs text"),
-        ("machine/driver", "9" * 1001, "machine.driver is '9+...9+', needs text"),
-        ("machine/world_size", 0, "machine.world_size is 0, needs a whole number from 1 to"),
-        ("machine/world_size", 2.0, "machine.world_size is 2.0, needs a whole number"),
-        ("machine/versions", ["torch"], r"machine.versions is \['torch'\], needs an object"),
-        ("machine/versions", {"torch": 2.11}, "machine.versions.torch is 2.11, needs text"),
-        ("machine/versions", {5: "2.11"}, "machine.versions has the key 5, needs an object"),
-        ("machine/versions", {"": "2.11"}, "machine.versions has the key '', needs an object"),
-        ("rows/3/us/acme.\x1b[2J", 5.0, r"rows\[3\].us has the key 'acme.\\x1b\[2J', needs an object"),
-        ("machine/host", "here", "machine has the key 'host', needs an object with gpu, arch"),
-        ("made", "yesterday", "made is 'yesterday', needs an ISO time in UTC"),
-        ("made", "2026-11-22T10:00:00", "needs an ISO time in UTC"),
-        ("made", "2026-11-22T10:00:00+01:00", "needs an ISO time in UTC"),
-        ("made", 5, "made is 5, needs an ISO time in UTC"),
-        ("command", None, "command is None, needs text"),
-        ("comment", "mine", "the table has the key 'comment', needs an object with schema, machine"),
-        ("rows", {}, r"rows is \{\}, needs a list"),
-        ("rows/3", 7, r"rows\[3\] is 7, needs an object with pattern, dtype"),
-        ("rows/3", {"pattern": "a"}, r"rows\[3\] has no dtype, hidden, tokens, us, needs an object"),
-        ("rows/3/tokns", 5, r"rows\[3\] has the key 'tokns', needs an object"),
-        ("rows/3/pattern", "", r"rows\[3\].pattern is '', needs text"),
-        ("rows/3/dtype", "bf16", r"rows\[3\].dtype is 'bf16', needs one of bfloat16, float16"),
-        ("rows/3/dtype", ["bfloat16"], r"rows\[3\].dtype is \['bfloat16'\], needs one of"),
-        ("rows/3/hidden", -8192, r"rows\[3\].hidden is -8192, needs a whole number"),
-        ("rows/3/tokens", True, r"rows\[3\].tokens is True, needs a whole number"),
-        ("rows/3/tokens", "64", r"rows\[3\].tokens is '64', needs a whole number"),
-        ("rows/3/tokens", 2**31, r"rows\[3\].tokens is 2147483648, needs a whole number"),
-        pytest.param("rows/3/tokens", 10**5000, r"rows\[3\].tokens is of type int, needs a whole number", id="huge"),
-        ("rows/3/us", 5.0, r"rows\[3\].us is 5.0, needs an object"),
-        ("rows/3/us", {}, r"rows\[3\].us has \[\], needs 'unfused' too"),
-        ("rows/3/us", {BARE: 5.0}, r"rows\[3\].us has \['flashinfer.all_reduce'\], needs 'unfused' too"),
-        ("rows/3/us/fused", 5.0, r"rows\[3\].us has 'fused', needs 'unfused' or the name of a strategy"),
-        ("rows/3/us/acme.", 5.0, r"rows\[3\].us has 'acme.', needs 'unfused' or the name of a strategy"),
-        ("rows/3/us/unfused", True, r"rows\[3\].us.unfused is True, needs microseconds, a number from 0.001 to 1e\+09"),
-        ("rows/3/us/unfused", "5", r"rows\[3\].us.unfused is '5', needs microseconds"),
-        ("rows/3/us/unfused", 0, r"rows\[3\].us.unfused is 0, needs microseconds"),
-        ("rows/3/us/unfused", -5.0, r"rows\[3\].us.unfused is -5.0, needs microseconds"),
-        ("rows/3/us/unfused", math.nan, r"rows\[3\].us.unfused is nan, needs microseconds"),
-        ("rows/3/us/acme.a", math.inf, r"rows\[3\].us.acme.a is inf, needs microseconds"),
-        ("rows/3/us/unfused", 10**400, r"rows\[3\].us.unfused is 1000+...0+, needs microseconds"),
-        ("rows/3/tokens", 32, r"rows\[3\] measures .* a second time, needs each point once"),
-        ("rows/3/hidden", 4096, r"have tokens \[1, 8, 32, 64, 128, 256, ...\] at only one of hidden 8192 and 4096"),
-    ],
-)
-def test_what_is_no_table_is_refused_with_the_place_what_is_there_and_what_must_be(
-    path: str, value: Any, message: str
-) -> None:
-    with pytest.raises(TableError, match=message):
-        Table.from_dict(changed(path, value))
-
-
-@pytest.mark.parametrize("name", ["schema", "machine", "made", "command", "rows"])
-def test_a_part_that_is_missing_is_named(name: str) -> None:
-    measured = document()
-    del measured[name]
-    with pytest.raises(TableError, match=f"the table has no {name}, needs an object with schema"):
-        Table.from_dict(measured)
-
-
-@pytest.mark.parametrize("value", [None, [], "table", 5, True])
-def test_what_is_no_object_is_no_table(value: Any) -> None:
-    with pytest.raises(TableError, match=r"the table is .*, needs an object"):
-        Table.from_dict(value)
-
-
-def test_a_table_that_is_made_in_python_is_checked_too() -> None:
-    with pytest.raises(TableError, match=r"rows\[1\].us.acme.a is nan"):
-        table(point(64, 1, 10), point(64, 2, 10, a=math.nan))
-    with pytest.raises(ConfigError, match=r"rows\[1\] measures 'all_reduce, .*' a second time"):
-        table(point(64, 1, 10), point(64, 1, 11))
-
-
-def test_the_table_keeps_nothing_of_the_document() -> None:
-    measured = document()
-    made = Table.from_dict(measured)
-    whole = copy.deepcopy(made.to_dict())
-    measured["rows"][0]["us"][UNFUSED] = 1.0
-    measured["machine"]["versions"]["torch"] = "9"
-    assert made.to_dict() == whole
-
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from([1, 8, 8192, UNFUSED]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@given(st.data())
-def test_any_change_of_a_document_is_either_taken_as_it_is_or_refused(data: Any) -> None:
-    whole: Any = document()
-    for _ in range(data.draw(st.integers(1, 2))):
-        parent, key, found = None, None, whole
-        while isinstance(found, dict | list) and found and (parent is None or data.draw(st.booleans())):
-            parent, key = (
-                found,
-                data.draw(st.sampled_from(sorted(found) if isinstance(found, dict) else range(len(found)))),
-            )
-            found = found[key]
-        if parent is None:
-            break
-        change = data.draw(st.sampled_from(["replace", "delete", "copy", "add"]))
-        if change == "delete":
-            del parent[key]
-        elif change == "copy" and isinstance(parent, list):
-            parent.append(copy.deepcopy(found))
-        elif change == "add" and isinstance(parent, dict):
-            parent[data.draw(st.text(max_size=8))] = data.draw(JSON)
-        else:
-            parent[key] = data.draw(JSON)
-    try:
-        loaded = Table.from_dict(whole)
-    except TableError as error:
-        str(error).encode()  # raises where the message cannot be printed
-        return
-    assert loaded.to_dict() == whole
-    assert loaded.fingerprint

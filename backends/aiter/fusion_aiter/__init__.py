@@ -21,7 +21,7 @@ def fusion_strategies() -> tuple[Strategy, ...]:
 
 @hookimpl
 def fusion_status(device: Device) -> Iterator[Status]:
-    """Which AITER is installed, the communicators of this process, and what made one fail."""
+    """The installed AITER, the communicators of this process, and why one failed."""
     from fusion_aiter.communicators import COMMUNICATORS
 
     if words := availability.installed_release():
@@ -33,12 +33,12 @@ def fusion_status(device: Device) -> Iterator[Status]:
 def release(group: str | None = None) -> None:
     """Give back the GPU memory of one process group's communicator, or of all.
 
-    Call it on every rank of the group before the group is destroyed, when no CUDA graph that holds a fused operator is
-    left: the ranks close it together. The next call makes one anew.
+    Call it on every rank of the group before the group is destroyed: the ranks close the communicator together. No CUDA
+    graph that contains a fused operator may be left. The next call makes a new communicator.
 
     Args:
         group: The process group's name; None for every group.
     """
     from fusion_aiter.communicators import COMMUNICATORS
 
-    COMMUNICATORS.groups.release(group)
+    COMMUNICATORS.release(group)

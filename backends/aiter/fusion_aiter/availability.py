@@ -1,4 +1,4 @@
-"""Whether AITER can be used on a device; looks at what is installed and imports none of it."""
+"""Whether AITER can be used on a device, by what is installed, without importing it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ NEWEST = "v0.1.20.post1"
 """The newest release whose signatures this backend was written against."""
 
 ROCM = (7, 0)
-"""Compilers of earlier ROCm releases have no bfloat16: AITER's quantising kernels then add the bits of it as integers,
-and the result is garbage."""
+"""Compilers of earlier ROCm releases have no bfloat16: AITER's quantising kernels then add its bits as integers, and
+the result is garbage."""
 
 MENDED_RUNTIME = (7, 2, 1)
 """The first ROCm release whose ``hipEventQuery`` leaves other threads' captures alone."""
@@ -51,7 +51,7 @@ UPGRADE = f"take a newer image of AMD's, or build {NEWEST}: https://github.com/R
 
 
 def unavailable(device: Device) -> Iterator[Reason]:
-    """Why AITER cannot be used on a device; nothing where it can."""
+    """The reasons why AITER cannot be used on a device; none if it can."""
     yield from _platform(device)
     match installed():
         case None:
@@ -116,10 +116,10 @@ def _outdated(source: Source) -> Iterator[Reason]:
 
 
 def release_of(source: Source) -> str:
-    """Which releases have these signatures, as words after "is".
+    """The releases that have these signatures, as a phrase after "is".
 
-    AITER has no version that could be trusted: shallow clones are built as 0.1.0. A build between two releases counts
-    as the earlier one, as far as its signatures tell.
+    AITER's own version cannot be trusted: shallow clones are built as 0.1.0. A build between two releases counts as the
+    earlier one unless its signatures differ.
     """
     if handles_expandable_segments(source):
         return "v0.1.20 or later"
@@ -127,7 +127,7 @@ def release_of(source: Source) -> str:
         transposes = source.takes("fused_ar_rms_per_group_quant", "transpose_scale")
         return "v0.1.19.post2" if transposes else "v0.1.18 to v0.1.19.post1"
     if source.takes("fused_ar_rms", "emit_bf16") or (source.names and not source.methods):
-        return "no release that is known"  # the first: builds of early July 2026, before the barriers were mended
+        return "no release that is known"  # the first case: builds of early July 2026, before the barriers were fixed
     if source.takes("fused_ar_rms", "gemma_norm"):
         return "v0.1.17"
     if "should_custom_ar_bytes" in source.methods:
@@ -136,7 +136,7 @@ def release_of(source: Source) -> str:
 
 
 def installed_release() -> str | None:
-    """What is installed, in words; None where AMD's AITER is not."""
+    """The installed AITER, as a phrase; None if AMD's AITER is not installed."""
     source = installed()
     return f"AITER at {source.root}{_metadata()}, {release_of(source)}" if isinstance(source, Source) else None
 
@@ -147,9 +147,9 @@ def handles_expandable_segments(source: Source) -> bool:
 
 
 def expandable_segments() -> str | None:
-    """The setting of the environment that asks torch for expandable segments; None where none does.
+    """The environment setting that asks torch for expandable segments, or None.
 
-    Any of the three: which one torch obeys where several are set has changed between its releases.
+    Any of three variables counts: which one torch obeys if several are set has changed between its releases.
     """
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
         value = os.environ.get(name, "")
@@ -159,9 +159,9 @@ def expandable_segments() -> str | None:
 
 
 def rocm_version() -> str | None:
-    """The ROCm release installed here, such as ``"7.2.0"``; None where none is found.
+    """The ROCm release installed here, such as ``"7.2.0"``; None if none is found.
 
-    Not from ``torch.version.hip``, whose third number is that of a build.
+    Not from ``torch.version.hip``, whose third number is a build number.
     """
     home = os.environ.get("ROCM_HOME") or os.environ.get("ROCM_PATH") or "/opt/rocm"  # in AITER's own order
     try:
@@ -173,7 +173,7 @@ def rocm_version() -> str | None:
 
 
 def known_bad_runtime() -> str | None:
-    """What is known to go wrong with the ROCm release installed here, for a warning; None where nothing is."""
+    """A known bug of the installed ROCm release, as the text of a warning, or None."""
     found = rocm_version()
     if found is None or _numbers(found) >= MENDED_RUNTIME:
         return None
@@ -184,13 +184,13 @@ def known_bad_runtime() -> str | None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """The numbers that a version begins with, three at most."""
+    """The leading numbers of a version, at most three."""
     found = re.match(r"\d+(\.\d+){0,2}", text)
     return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def _metadata() -> str:
-    """What the distribution's metadata says, in brackets: a hint for people, decided on by nothing."""
+    """The version in the distribution's metadata, in brackets: for people to read, never for a decision."""
     try:
         return f" (amd-aiter {version('amd-aiter')})"
     except PackageNotFoundError:

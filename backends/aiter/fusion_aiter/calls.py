@@ -1,4 +1,4 @@
-"""The calls of AITER's methods: by keywords, never registered, and their results by name."""
+"""Calls of AITER's methods by keyword, with unregistered inputs, and their results by name."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def call(
     *,
     one_stage: bool,
 ) -> dict[str, Tensor] | None:
-    """Run a kernel; None where AITER gives nothing, as it does on all ranks alike.
+    """Run a kernel. Returns None if AITER returns None, which it does on all ranks or on none.
 
-    Inputs are copied into AITER's own memory (``registered=False``), eager and captured: its way to read a graph's own
-    tensors is what most reports of wrong graphs are about (aiter#2638, #3838, #4974, sglang#36071), and needs its
-    ``capture()``, in which calls outside of a capture return zeros.
+    AITER copies inputs into its own memory (``registered=False``), both eagerly and in a capture. Its other way, which
+    reads a graph's own tensors, is the subject of most reports of wrong graphs (aiter#2638, #3838, #4974,
+    sglang#36071). That way also needs AITER's ``capture()``, in which calls outside of a capture return zeros.
 
     Args:
         kernel: The kernel.
         communicator: AITER's ``CustomAllreduce``.
-        x: ``[tokens, n]``, contiguous, aligned to 16 bytes, not empty; so are the others.
-        residual: Of x's shape and dtype; zeros for a pattern without.
+        x: ``[tokens, n]``, not empty. It and the other tensors are contiguous and aligned to 16 bytes.
+        residual: Of x's shape and dtype; zeros for a pattern without a residual.
         weight: ``[n]`` of x's dtype.
         eps: Added to the mean of squares.
         weight_bias: 0 or 1.
-        form: Of the quantisation.
-        one_stage: Whether to run the kernel of one stage.
+        form: The format of the quantisation.
+        one_stage: Whether to run the one-stage kernel.
 
     Returns:
         `Kernel.outputs` by name.

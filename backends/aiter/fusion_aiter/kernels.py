@@ -1,8 +1,9 @@
-"""AITER's fused kernels: which method runs which pattern, and what it gives."""
+"""AITER's fused kernels: the method that runs each pattern, and its outputs."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,19 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusion_core import Pattern
+from fusion_core.patterns import CORE_PATTERNS
+
 PACK = 16
 """Bytes that a thread loads at once."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One of ``CustomAllreduce``'s methods in one of its forms: with a residual or, by one of zeros, without.
+    """One of ``CustomAllreduce``'s methods in one of its forms. A pattern without a residual passes zeros.
 
     Attributes:
         pattern: The pattern's name.
         method: AITER's name.
         quantization: ``""``, ``"token_fp8"``, ``"group_fp8"`` or ``"mxfp4"``.
-        norm_out: Whether it gives the norm beside its quantisation (``emit_bf16``).
+        norm_out: Whether it returns the norm next to its quantisation (``emit_bf16``).
     """
 
     pattern: str
@@ -32,7 +36,7 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """The operator's name, and the strategy's behind ``aiter.``."""
+        """The operator's name, and the strategy's after ``aiter.``."""
         return f"{self.pattern}_out" if self.norm_out else self.pattern
 
     @functools.cached_property
@@ -42,17 +46,42 @@ class Kernel:
 
     @functools.cached_property
     def norms(self) -> bool:
-        """Whether there is more to it than the sum."""
+        """Whether it computes more than the sum."""
         return self.pattern != "all_reduce"
 
     @property
     def gemma(self) -> bool:
-        """Whether it can add 1 to the weight: no kernel that quantises by groups can."""
+        """Whether it can add 1 to the weight; kernels that quantise by groups cannot."""
         return self.norms and self.quantization in ("", "token_fp8")
 
     @property
+    def scalars(self) -> tuple[str, ...]:
+        """The names of the pattern's scalars that it takes."""
+        if not self.norms:
+            return ()
+        quantization = {"token_fp8": ("fp8_dtype",), "group_fp8": ("fp8_dtype", "group_size", "scale_layout")}
+        return ("eps", *("weight_bias",) * self.gemma, *quantization.get(self.quantization, ()))
+
+    @functools.cached_property
+    def fixed(self) -> dict[str, Any]:
+        """The pattern's scalars that are fixed in the kernel."""
+        if self.quantization == "mxfp4":
+            return {"ties": "away"}
+        return {"min_scale": 0.0} if self.quantization else {}
+
+    @functools.cached_property
+    def definition(self) -> Pattern:
+        """The pattern."""
+        return next(each for each in CORE_PATTERNS if each.name == self.pattern)
+
+    @functools.cached_property
+    def staged(self) -> dict[tuple[bool, bool], Staged]:
+        """The kernel as launched, by ``(one_stage, large)``."""
+        return {each: Staged(self, *each) for each in itertools.product((False, True), (False, True))}
+
+    @property
     def outputs(self) -> tuple[str, ...]:
-        """The names of what it gives, in the operator's order; AITER's own has the residual before the scale."""
+        """The names of its outputs in the operator's order; AITER's own has the residual before the scale."""
         total = "residual_out" if self.adds else "reduced"
         if not self.norms:
             return (total,)
@@ -77,19 +106,44 @@ def _kernels() -> tuple[Kernel, ...]:
 KERNELS = _kernels()
 
 
-@dataclass(frozen=True)
-class Form:
-    """How a quantisation is written.
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """A kernel as it is launched.
 
     Attributes:
-        fp8_dtype: Of FP8 codes.
-        group_size: Of ``group_fp8``.
-        transposed: Whether group scales lie column by column.
+        kernel: The kernel.
+        one_stage: Whether it runs in one stage; otherwise in two.
+        large: Whether the input has more than `stages.MOST_SHARED` bytes.
+    """
+
+    kernel: Kernel
+    one_stage: bool
+    large: bool
+
+    def __str__(self) -> str:
+        return f"{self.kernel.method} in {'one stage' if self.one_stage else 'two stages'}"
+
+
+@dataclass(frozen=True)
+class Form:
+    """The format of a quantisation.
+
+    Attributes:
+        fp8_dtype: The dtype of FP8 codes.
+        group_size: Elements per scale of ``group_fp8``.
+        transposed: Whether group scales are column-major.
     """
 
     fp8_dtype: torch.dtype = torch.float8_e4m3fn
     group_size: int = 128
     transposed: bool = False
+
+    @classmethod
+    def of(cls, scalars: Mapping[str, Any]) -> Form:
+        """The format for a pattern's scalars."""
+        layout = scalars.get("scale_layout", "row_major")
+        dtype, size = scalars.get("fp8_dtype", cls.fp8_dtype), scalars.get("group_size", cls.group_size)
+        return cls(dtype, size, layout == "column_major")
 
 
 def allocate(kernel: Kernel, x: Tensor, form: Form) -> dict[str, Tensor]:
@@ -98,7 +152,7 @@ def allocate(kernel: Kernel, x: Tensor, form: Form) -> dict[str, Tensor]:
     Args:
         kernel: The kernel.
         x: ``[tokens, hidden]``, contiguous.
-        form: Of the quantisation.
+        form: The format of the quantisation.
     """
     tokens, hidden = x.shape
     found = {kernel.outputs[-1]: torch.empty_like(x)}

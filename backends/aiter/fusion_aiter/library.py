@@ -10,11 +10,11 @@ from typing import Any
 def module() -> Any:
     """``aiter.dist.device_communicators.custom_all_reduce`` with its kernels built and loaded.
 
-    The first import in a fresh installation compiles them by hipcc for some minutes, behind AITER's own file lock.
+    The first import in a fresh installation compiles them with hipcc for some minutes, under AITER's own file lock.
 
     Raises:
-        Exception: whatever importing or building raises: RuntimeError without ROCm, AssertionError without hipcc,
-            KeyError on a GPU that it does not know.
+        Exception: any that importing or building raises: RuntimeError without ROCm, AssertionError without hipcc,
+            KeyError on an unknown GPU.
     """
     import aiter.dist.device_communicators.custom_all_reduce as found
 
@@ -22,9 +22,9 @@ def module() -> Any:
 
 
 def communicators_made() -> int | None:
-    """How many communicators this process has made, by AITER's own count; None where it keeps none.
+    """The number of communicators that this process has made, by AITER's own count; None if AITER has no count.
 
-    Handles are exchanged under this number: ranks with different ones would wait for each other for ever.
+    AITER exchanges handles under this number: ranks with different ones would wait for each other forever.
     """
     number = getattr(getattr(module(), "IPCBufferPool", None), "_pool_seq", None)
     return number if isinstance(number, int) else None

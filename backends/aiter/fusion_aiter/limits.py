@@ -1,6 +1,6 @@
-"""Where AITER's kernels are known to be faster.
+"""Sizes at which AITER's kernels are known to be faster.
 
-Nobody of this project has measured them. vLLM and SGLang use them on these GPUs by default up to 64 MiB of input
+This project has not measured them. vLLM and SGLang use them on these GPUs by default up to 64 MiB of input
 (``vllm/compilation/passes/fusion/allreduce_rms_fusion.py``, 2026); AITER's pull request 1290 measured 14 to 30 % on
 MI300X (16 x 2048: 17 to 11.9 us, 256 x 8192: 57.9 to 43.3 us).
 """

@@ -10,13 +10,12 @@ import torch
 from fusion_aiter.kernels import PACK, Kernel
 from fusion_aiter.stages import LATE_GRAPHS, MOST_PACKS, PLAIN_PACKS, WARP, one_stage_runs, stages_that_run
 from fusion_core import Reason, Site
-from fusion_core.site import dtype_name
 
 FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
 """Architecture → the only FP8 format that AITER writes there (``aiter/utility/dtypes.py``)."""
 
 WAVEFRONT = 64
-"""Threads that find the maximum of a group together, a pack each."""
+"""Threads that find the maximum of a group together, one pack each."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class RowFits:
     one_stage: bool
 
     def unmet(self, site: Site) -> Reason | None:
-        """Why no form takes such a row."""
+        """The reason if no form takes such a row."""
         tensor = site.tensor(self.arg)
         if tensor is None:
             return None
@@ -53,7 +52,7 @@ class RowFits:
         return Reason("size", found, needs, self.arg)
 
     def _needs(self, ranks: int, itemsize: int) -> str:
-        """Sizes that two stages take, in few words: they have no gaps that models are in."""
+        """The sizes that two stages take, as a phrase; no model's size is in a gap between them."""
         pack = PACK // itemsize
         whole_warps = self.kernel.quantization in ("token_fp8", "group_fp8") or self.kernel.norm_out
         step = pack * math.lcm(ranks, WARP if whole_warps else 1)
@@ -66,12 +65,12 @@ class RowFits:
 
 @dataclass(frozen=True)
 class GroupSize:
-    """The elements to a scale divide a row, and are as many packs as a wavefront's threads can compare: 8 to 512."""
+    """The elements per scale divide a row, and a wavefront can compare their packs: 8 to 512 elements."""
 
     arg: str
 
     def unmet(self, site: Site) -> Reason | None:
-        """Why the group has another size."""
+        """The reason if the group has another size."""
         size, tensor = site.attributes.get("group_size"), site.tensor(self.arg)
         if size is None or tensor is None or not tensor.shape:
             return None
@@ -94,12 +93,12 @@ class NativeFP8:
     """Codes are in the FP8 format of the GPU, up to its largest number: float8_e4m3fnuz and 240 on gfx942."""
 
     def unmet(self, site: Site) -> Reason | None:
-        """Why AITER writes other codes."""
+        """The reason if AITER writes other codes."""
         native = FP8.get(site.device.arch)
         if native is None:
             return Reason("arch", f"device is {site.device}", " or ".join(FP8))
         if (dtype := site.attributes.get("fp8_dtype", torch.float8_e4m3fn)) != native:
-            return Reason("attribute", f"fp8_dtype is {dtype_name(dtype)}", dtype_name(native), "fp8_dtype")
+            return Reason("attribute", f"fp8_dtype is {_name(dtype)}", _name(native), "fp8_dtype")
         largest = torch.finfo(native).max
         if (given := site.attributes.get("fp8_max")) not in (None, largest):
             return Reason("attribute", f"fp8_max is {given}", f"{largest:g}", "fp8_max")
@@ -111,15 +110,15 @@ class NativeFP8:
 
 @dataclass(frozen=True)
 class LeastScale:
-    """The quantisation's least scale, if any, is so small that codes below it are all but zeros.
+    """The quantisation's least scale, if any, is so small that rows below it quantise to almost zero.
 
-    AITER has none: what it writes for such rows is nearer to the norm, and means the same everywhere else.
+    AITER has no least scale. Its codes for such rows are closer to the norm; all other rows have the same codes.
     """
 
     most: float
 
     def unmet(self, site: Site) -> Reason | None:
-        """Why the floor would show."""
+        """The reason if the least scale would change results."""
         given = site.attributes.get("min_scale")
         if given is None or given <= self.most:
             return None
@@ -127,3 +126,7 @@ class LeastScale:
 
     def __str__(self) -> str:
         return f"min_scale at most {self.most:.3g}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

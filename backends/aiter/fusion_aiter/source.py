@@ -35,9 +35,9 @@ class Source:
 
     Attributes:
         root: The package's folder.
-        names: What the module of ``CustomAllreduce`` defines or imports; empty where there is no such module.
-        methods: The methods of ``CustomAllreduce``, without ``self``; more than one signature where a condition
-            decides at import which definition holds.
+        names: What the module of ``CustomAllreduce`` defines or imports; empty if there is no such module.
+        methods: The methods of ``CustomAllreduce``, without ``self``; more than one signature if a condition
+            at import selects the definition.
     """
 
     root: Path
@@ -45,11 +45,11 @@ class Source:
     methods: Mapping[str, tuple[inspect.Signature, ...]]
 
     def takes(self, method: str, keyword: str) -> bool:
-        """Whether a method is there and has a parameter of this name."""
+        """Whether a method exists and has a parameter of this name."""
         return method in self.methods and all(keyword in signature.parameters for signature in self.methods[method])
 
     def problem(self, method: str, call: Call) -> str | None:
-        """Why a method cannot be called in this way, or None where it can."""
+        """The reason why a method cannot be called in this way, or None."""
         if method not in self.methods:
             return "is not there"
         for signature in self.methods[method]:
@@ -66,7 +66,7 @@ class NotAmds:
 
     Attributes:
         place: Its folder or file.
-        checkout: Whether it is the root of a checkout of AMD's, which hides nothing but is importable too.
+        checkout: Whether it is the root of a checkout of AMD's repository, which is importable by the same name.
     """
 
     place: Path
@@ -82,7 +82,7 @@ class Unreadable:
 
 
 def installed() -> Source | NotAmds | Unreadable | None:
-    """What ``import aiter`` would find, as far as its files tell; None where it would find nothing."""
+    """What ``import aiter`` would find, as far as its files show; None if it would find nothing."""
     spec = _spec()
     if spec is None:
         return None
@@ -120,10 +120,10 @@ def _read(root: Path) -> Source | Unreadable:
 
 @functools.lru_cache(maxsize=4)
 def _parsed(path: Path, mtime: int, size: int) -> Source | Unreadable:
-    """The file as it was at this time: a package that is upgraded under a running process is read again."""
+    """The parsed file; its time and size are in the key, so that an upgrade under a running process is read again."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as invalid escapes: not ours to tell
+            warnings.simplefilter("ignore")  # such as invalid escapes: not ours to report
             body = ast.parse(path.read_bytes()).body
         methods = _methods("CustomAllreduce", _classes(body))
     except OSError as error:
@@ -136,7 +136,7 @@ def _parsed(path: Path, mtime: int, size: int) -> Source | Unreadable:
 
 
 def _definitions(body: Sequence[ast.stmt], conditional: bool = False) -> Iterator[tuple[str, ast.stmt, bool]]:
-    """The names that a body binds, with their statements, and whether a block stands around them."""
+    """The names that a body binds, with their statements, and whether they are inside a conditional block."""
     for statement in body:
         match statement:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
@@ -172,8 +172,8 @@ def _classes(body: Sequence[ast.stmt]) -> dict[str, list[ast.ClassDef]]:
 
 
 def _methods(name: str, classes: Mapping[str, list[ast.ClassDef]]) -> dict[str, tuple[inspect.Signature, ...]]:
-    """A class's methods by name, inherited ones included as far as the bases stand in the same module."""
-    others = {other: found for other, found in classes.items() if other != name}  # a class is no base of itself
+    """A class's methods by name, including those inherited from bases in the same module."""
+    others = {other: found for other, found in classes.items() if other != name}  # a class is not its own base
     methods: dict[str, tuple[inspect.Signature, ...]] = {}
     for definition in classes.get(name, []):
         own: dict[str, tuple[inspect.Signature, ...]] = {}
@@ -193,7 +193,7 @@ def _decorated(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> b
 
 
 def _signature(function: ast.FunctionDef | ast.AsyncFunctionDef) -> inspect.Signature:
-    """The signature as a bound method has it; a default is its source."""
+    """The signature of the bound method; a default is its source text."""
     arguments = function.args
     plain = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(plain) - len(arguments.defaults)) + [*arguments.defaults]

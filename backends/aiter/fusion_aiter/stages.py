@@ -1,4 +1,4 @@
-"""Which of a kernel's forms AITER runs: one stage, two stages, or none that is right.
+"""Which of a kernel's forms AITER runs: one stage, two stages, or none that is correct.
 
 In one stage every rank reads all of every other rank's input; in two each reduces its share and gathers the rest.
 Source: the dispatchers in AITER's ``csrc/include/custom_all_reduce.cuh`` at v0.1.20.post1, which check less than their
@@ -15,29 +15,29 @@ MOST = 64 << 20
 """Bytes of one rank's input above which AITER's own callers use RCCL (``AITER_CUSTOM_AR_MAX_SIZE``), and vLLM too."""
 
 MOST_SHARED = 512 * KIB
-"""Bytes of input up to which an MXFP4 kernel of two stages holds a reduction in shared memory; it has no other."""
+"""Bytes of input up to which the two-stage MXFP4 kernel reduces in shared memory; there is none for more."""
 
 MOST_PACKS = 1024
-"""Threads of a block: one for each pack of a row, in one stage and where FP8 or MXFP4 codes are written."""
+"""Most packs of a row, one per thread of a block, in one stage and in kernels that write FP8 or MXFP4."""
 
 PLAIN_PACKS = (64, 2048)
-"""Packs of a row that the norm of two stages has a kernel for."""
+"""Least and most packs of a row in the two-stage kernel without a quantisation."""
 
 WARP = 32
-"""Packs to a warp in the FP8 kernels of two stages: they count warps by division, and leave a last part out of the sum
-of squares."""
+"""Packs per warp in the two-stage FP8 kernels. They count warps by integer division, and leave a last partial warp out
+of the sum of squares."""
 
 LATE_GRAPHS = ("gfx942",)
-"""Where the kernels of one stage can be silently wrong in a CUDA graph's first replay (aiter#4888, vLLM#52150), so that
-they are used only where the user asks. Asking whether a capture runs would be a choice that ranks may make apart."""
+"""Architectures on which the one-stage kernels can be silently wrong in a CUDA graph's first replay (aiter#4888,
+vLLM#52150). They run there only if the user asks: a choice by whether a capture runs could differ between ranks."""
 
 ONE_STAGE_BELOW = {2: MOST + 1, 4: 256 * KIB, 8: 128 * KIB}
 """Number of ranks → bytes of one rank's input below which one stage is faster, by vLLM's rule for these kernels; with
-two ranks both stages send the same bytes."""
+two ranks both forms send the same bytes."""
 
 
 def one_stage_runs(hidden: int, itemsize: int) -> bool:
-    """Whether a row fits the kernels of one stage.
+    """Whether a row fits the one-stage kernels.
 
     Args:
         hidden: Elements of a row.
@@ -47,11 +47,11 @@ def one_stage_runs(hidden: int, itemsize: int) -> bool:
 
 
 def two_stages_run(kernel: Kernel, hidden: int, itemsize: int, world_size: int) -> bool:
-    """Whether a row fits the kernels of two stages."""
+    """Whether a row fits the two-stage kernels."""
     if hidden * itemsize % PACK:
         return False
     packs = hidden * itemsize // PACK
-    if packs == 0 or packs % world_size:  # each rank reduces as many packs, and what is left over stays unwritten
+    if packs == 0 or packs % world_size:  # each rank reduces the same number of packs, and a remainder stays unwritten
         return False
     if not kernel.quantization:
         return PLAIN_PACKS[0] <= packs <= PLAIN_PACKS[1]
@@ -63,7 +63,7 @@ def two_stages_run(kernel: Kernel, hidden: int, itemsize: int, world_size: int) 
 def stages_that_run(
     kernel: Kernel, hidden: int, itemsize: int, world_size: int, arch: str, *, one_stage: bool
 ) -> tuple[bool, bool]:
-    """Whether one stage and whether two may be used for such rows.
+    """Whether one stage, and whether two, may be used for such rows.
 
     Args:
         kernel: The kernel.
@@ -80,9 +80,9 @@ def stages_that_run(
 def stage_at(
     kernel: Kernel, tokens: int, hidden: int, itemsize: int, world_size: int, arch: str, *, one_stage: bool
 ) -> bool | None:
-    """Whether to run a call in one stage; None where neither form takes it.
+    """Whether to run a call in one stage; None if neither form takes it.
 
-    Made of facts that are equal on all ranks. The arguments are those of `stages_that_run`, and the number of tokens.
+    It depends only on facts that are equal on all ranks: the arguments of `stages_that_run` and the number of tokens.
     """
     size = tokens * hidden * itemsize
     if size > MOST:

@@ -1,15 +1,17 @@
-"""AITER's strategies: one for each kernel, with all that the kernel does not check itself."""
+"""AITER's strategies: one per pattern, with the requirements that its kernels do not check themselves.
+
+A strategy's variants are the kernels with and without the norm as an output, each with AITER's choice of stages
+and, if the user asks, in one stage.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import itertools
 
 import torch
-from torch import Tensor
 
 from fusion_aiter.availability import ARCHITECTURES
-from fusion_aiter.kernels import KERNELS, Form, Kernel
+from fusion_aiter.kernels import KERNELS, Kernel
 from fusion_aiter.limits import SIZES
 from fusion_aiter.ops import operator
 from fusion_aiter.requirements import GroupSize, LeastScale, NativeFP8, RowFits
@@ -21,133 +23,49 @@ from fusion_core import (
     DTypeAttribute,
     KnownFaster,
     MultipleOf,
+    Present,
     Requirement,
     SameDType,
     Strategy,
+    Variant,
     WorldSize,
 )
 
 HALVES = (torch.bfloat16, torch.float16)
 WORLD_SIZES = (2, 4, 8)
-"""The constructor takes 6 too; the fused kernels do not."""
+"""AITER's constructor also takes 6; the fused kernels do not."""
 
 LEAST_SCALE = 1 / (512 * 240)
-"""The least scale that quantisers in use have, with float8_e4m3fnuz."""
+"""The least scale of the quantisers in use, with float8_e4m3fnuz."""
 
 UNTESTED = "no AMD GPU was at hand: tested against AITER's signatures and a model of its numerics"
 
+EVERYWHERE, ASKED_FOR = Arch(*ARCHITECTURES), Arch(*LATE_GRAPHS)
 
-def _implementation(kernel: Kernel, *, one_stage: bool) -> Callable[..., Any]:
-    """The operator with the pattern's parameters by name. What requirements have settled is not passed on."""
-    op = operator(kernel)
-
-    if not kernel.norms:
-
-        def all_reduce(x: Tensor, *, group: str, max_tokens: int | None = None) -> Any:
-            return op(x, group, max_tokens, one_stage)
-
-        return all_reduce
-
-    def run(x: Tensor, residual: Tensor | None, weight: Tensor, values: tuple[Any, ...], *where: Any) -> Any:
-        tensors = (x, weight) if residual is None else (x, residual, weight)
-        return op(*tensors, *values, *where, one_stage)
-
-    if not kernel.quantization:
-
-        def norm(
-            x: Tensor,
-            weight: Tensor,
-            eps: float,
-            *,
-            residual: Tensor | None = None,
-            weight_bias: float = 0.0,
-            residual_dtype: torch.dtype | None = None,
-            norm_dtype: torch.dtype | None = None,
-            group: str,
-            max_tokens: int | None = None,
-        ) -> Any:
-            return run(x, residual, weight, (eps, weight_bias), group, max_tokens)
-
-        return norm
-
-    if kernel.quantization == "token_fp8":
-
-        def token_fp8(
-            x: Tensor,
-            weight: Tensor,
-            eps: float,
-            *,
-            residual: Tensor | None = None,
-            weight_bias: float = 0.0,
-            residual_dtype: torch.dtype | None = None,
-            norm_dtype: torch.dtype | None = None,
-            fp8_dtype: torch.dtype = Form.fp8_dtype,
-            fp8_max: float | None = None,
-            min_scale: float | None = None,
-            group: str,
-            max_tokens: int | None = None,
-        ) -> Any:
-            return run(x, residual, weight, (eps, weight_bias, fp8_dtype), group, max_tokens)
-
-        return token_fp8
-
-    # without a bias of the weight: the kernels that quantise by groups have none
-    if kernel.quantization == "group_fp8":
-
-        def group_fp8(
-            x: Tensor,
-            weight: Tensor,
-            eps: float,
-            *,
-            residual: Tensor | None = None,
-            residual_dtype: torch.dtype | None = None,
-            norm_dtype: torch.dtype | None = None,
-            group_size: int = Form.group_size,
-            fp8_dtype: torch.dtype = Form.fp8_dtype,
-            fp8_max: float | None = None,
-            min_scale: float | None = None,
-            scale_layout: str = "row_major",
-            group: str,
-            max_tokens: int | None = None,
-        ) -> Any:
-            values = (eps, fp8_dtype, group_size, scale_layout == "column_major")
-            return run(x, residual, weight, values, group, max_tokens)
-
-        return group_fp8
-
-    def mxfp4(
-        x: Tensor,
-        weight: Tensor,
-        eps: float,
-        *,
-        residual: Tensor | None = None,
-        residual_dtype: torch.dtype | None = None,
-        norm_dtype: torch.dtype | None = None,
-        ties: str = "even",
-        group: str,
-        max_tokens: int | None = None,
-    ) -> Any:
-        # it rounds ties away from zero; where the model rounds them to even both codes are as far off
-        return run(x, residual, weight, (eps,), group, max_tokens)
-
-    return mxfp4
+SETTLED = {
+    "": ("norm_dtype",),
+    "token_fp8": ("norm_dtype", "fp8_max", "min_scale"),
+    "group_fp8": ("norm_dtype", "fp8_max", "min_scale"),
+    # it rounds ties away from zero; if the model rounds them to even, both codes are equally far from the value
+    "mxfp4": ("norm_dtype", "ties"),
+}
+"""Quantisation → scalars that the operators do not take: `_requirements` fixes them, or they do not matter."""
 
 
-def _requirements(kernel: Kernel, *, one_stage: bool) -> tuple[Requirement, ...]:
-    total = kernel.outputs[-1]
+def _requirements(kernel: Kernel) -> tuple[Requirement, ...]:
+    """The requirements of every variant."""
     found: list[Requirement] = [
-        Arch(*(LATE_GRAPHS if one_stage else ARCHITECTURES)),
         WorldSize(*WORLD_SIZES),
         DType("x", *HALVES, *(() if kernel.quantization else (torch.float32,))),
     ]
     if not kernel.norms:
-        return (*found, MultipleOf("x", dim=-1, of=8))
-    # the kernels read every tensor in x's dtype; another one would be garbage without an error (vLLM#48324)
-    found.append(SameDType("x", *("residual",) * kernel.adds, "weight", "normed", total))
-    found.append(RowFits("x", kernel, one_stage))
+        return (*found, EVERYWHERE, MultipleOf("x", dim=-1, of=8))
+    # the kernels read every tensor as x's dtype; another dtype gives garbage without an error (vLLM#48324)
+    found.append(SameDType("x", *("residual",) * kernel.adds, "weight", "normed", kernel.outputs[-1]))
+    found.append(Present("weight"))
     if kernel.adds:
         found.append(DTypeAttribute("residual_dtype", "x"))
-    if not kernel.quantization:  # else it is in float32 there, until somebody reads it
+    if not kernel.quantization:  # with one, the norm is in float32 unless it is read
         found.append(DTypeAttribute("norm_dtype", "x"))
     if kernel.gemma:
         found.append(Attribute("weight_bias", 0.0, 1.0))
@@ -158,28 +76,39 @@ def _requirements(kernel: Kernel, *, one_stage: bool) -> tuple[Requirement, ...]
     return tuple(found)
 
 
-def _strategies() -> tuple[Strategy, ...]:
-    found = []
-    for kernel in KERNELS:
-        worthwhile = (KnownFaster("x", SIZES, "as AITER's own callers have it"),)
-        # the plain one first; what the user switched on before it; without the norm's output before with it
-        for option, rank in ((None, 0), ("one_stage", 2)):
-            if option is not None and not kernel.norms:
-                continue  # AITER's bare all_reduce chooses by itself
-            found.append(
-                Strategy(
-                    pattern=kernel.pattern,
-                    name=f"aiter.{kernel.name}" + (f"_{option}" if option else ""),
-                    impl=_implementation(kernel, one_stage=option is not None),
-                    requires=_requirements(kernel, one_stage=option is not None),
-                    worthwhile=worthwhile,
-                    outputs=kernel.outputs,
-                    rank=rank - kernel.norm_out,
-                    option=option,
-                    untested=UNTESTED,
-                )
-            )
-    return tuple(found)
+def _variant(kernel: Kernel, *, one_stage: bool) -> Variant:
+    option = "one_stage" if one_stage else None
+    return Variant(
+        name="_".join(filter(None, ("out" if kernel.norm_out else "", option))),
+        arguments={"one_stage": True} if one_stage else {},
+        requires=(ASKED_FOR if one_stage else EVERYWHERE, RowFits("x", kernel, one_stage)),
+        outputs=kernel.outputs,
+        impl=operator(kernel),
+        # what the user switched on comes first; then without the norm's output before with it
+        rank=2 * one_stage - kernel.norm_out,
+        option=option,
+    )
 
 
-STRATEGIES = _strategies()
+def _strategy(pattern: str, kernels: tuple[Kernel, ...]) -> Strategy:
+    kernel = kernels[0]
+    settled = ("residual_dtype",) * kernel.adds + SETTLED[kernel.quantization]
+    return Strategy(
+        pattern=pattern,
+        name=f"aiter.{pattern}",
+        impl=operator(kernel),
+        requires=_requirements(kernel),
+        worthwhile=(KnownFaster("x", SIZES, "as AITER's own callers have it"),),
+        outputs=kernel.outputs,
+        untested=UNTESTED,
+        settled=settled if kernel.norms else (),
+        # AITER's bare all_reduce chooses its stages by itself
+        variants=tuple(_variant(each, one_stage=flag) for each in kernels for flag in (False, True))
+        if kernel.norms
+        else (),
+    )
+
+
+STRATEGIES = tuple(
+    _strategy(pattern, tuple(kernels)) for pattern, kernels in itertools.groupby(KERNELS, lambda each: each.pattern)
+)

@@ -1,4 +1,4 @@
-"""Both sides of AITER's own requirements, for the conformance kit, which imports this by itself."""
+"""Sites on both sides of AITER's own requirements, for the conformance kit, which imports this module by itself."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _given(site: Site, name: str, met: Iterable[Any], unmet: Iterable[Any]) -> S
 
 
 def _on(site: Site, arch: str) -> Site:
-    """On another GPU; a CPU that counts as one stays a CPU."""
+    """The site on another GPU; a CPU with an architecture stays a CPU."""
     return replace(site, device=Device(site.device.type if site.device.arch else "cuda", arch))
 
 

@@ -20,7 +20,7 @@ def fusion_strategies() -> tuple[Strategy, ...]:
 
 @hookimpl
 def fusion_status(device: Device) -> Iterator[Status]:
-    """The workspaces of this process, and what made one fail."""
+    """The workspaces of this process, and why one failed."""
     from fusion_flashinfer.workspaces import WORKSPACES
 
     yield from WORKSPACES.status()
@@ -29,12 +29,12 @@ def fusion_status(device: Device) -> Iterator[Status]:
 def release(group: str | None = None) -> None:
     """Give back the GPU memory of one process group's workspaces, or of all.
 
-    It also goes back when the process group is destroyed and nothing refers to it any more. Call it on every rank of
-    the group, when no CUDA graph that holds a fused operator is left; the next call makes a workspace anew.
+    The memory is also given back when the process group is destroyed and nothing refers to it. Call this on every rank
+    of the group, when no CUDA graph that contains a fused operator is left. The next call makes a new workspace.
 
     Args:
         group: The process group's name; None for every group.
     """
     from fusion_flashinfer.workspaces import WORKSPACES
 
-    WORKSPACES.groups.release(group)
+    WORKSPACES.release(group)

@@ -1,4 +1,4 @@
-"""Whether FlashInfer can be used on a device; looks at what is installed and imports none of it."""
+"""Whether FlashInfer can be used on a device, by what is installed, without importing it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from packaging.version import InvalidVersion, Version
 
 from fusion_core import Device, Reason
 
 CAPABILITIES = (9, 10, 12)
 """Major compute capabilities that FlashInfer builds its communication kernels for (flashinfer/jit/comm.py, 0.7.2)."""
 
-MINIMUM = (0, 7, 2)
-"""Earlier releases have a barrier in their two-shot kernel that can pass early (stale flags, mended in 0.7.2), and
+MINIMUM = Version("0.7.2")
+"""Earlier releases have a barrier in their two-shot kernel that can pass early (stale flags, fixed in 0.7.2), and
 before 0.7.1 a kernel launched with PDL could read a stale residual (flashinfer#5081)."""
 
 INSTALL = "pip install -U 'fusion-core[flashinfer]'"
 
 
 def unavailable(device: Device) -> Iterator[Reason]:
-    """Why FlashInfer cannot be used on a device; nothing where it can."""
+    """The reasons why FlashInfer cannot be used on a device; none if it can."""
     if device.type != "cuda":
         yield Reason("device", f"device is {device}", "an NVIDIA GPU")
     elif torch.version.hip:
@@ -34,17 +35,20 @@ def unavailable(device: Device) -> Iterator[Reason]:
     elif capability(device) not in CAPABILITIES:
         yield Reason("arch", f"device is {device}", "compute capability 9, 10 or 12")
     if _spec("flashinfer") is None:
-        yield Reason("not_installed", "flashinfer is not installed", "flashinfer-python >= 0.7.2", hint=INSTALL)
+        yield Reason("not_installed", "flashinfer is not installed", f"flashinfer-python >= {MINIMUM}", hint=INSTALL)
         return
     try:
         found = version("flashinfer-python")
     except PackageNotFoundError:
         yield Reason(
-            "version", "flashinfer has no metadata of flashinfer-python", "flashinfer-python >= 0.7.2", hint=INSTALL
+            "version",
+            "flashinfer has no metadata of flashinfer-python",
+            f"flashinfer-python >= {MINIMUM}",
+            hint=INSTALL,
         )
         return
-    if _release(found) < MINIMUM:
-        yield Reason("version", f"flashinfer-python is {found}", "0.7.2 or later", hint=INSTALL)
+    if not _is_new_enough(found):
+        yield Reason("version", f"flashinfer-python is {found}", f"{MINIMUM} or later", hint=INSTALL)
     for module, distribution in (("tvm_ffi", "apache-tvm-ffi"), ("cuda.bindings", "cuda-bindings")):
         if _spec(module) is None:
             yield Reason(
@@ -56,15 +60,15 @@ def unavailable(device: Device) -> Iterator[Reason]:
 
 
 def capability(device: Device) -> int:
-    """The major compute capability; 0 for what is no NVIDIA GPU."""
+    """The major compute capability; 0 if the device is not an NVIDIA GPU."""
     found = re.fullmatch(r"sm_(\d+)\d[a-z]?", device.arch)
     return int(found[1]) if found else 0
 
 
 def multicast_off() -> str | None:
-    """The setting of the environment that switches NVLink multicast off, for whichever library; None where none does.
+    """The environment setting that switches NVLink multicast off, for any library; None if there is none.
 
-    It is switched off on machines where multicast is broken or shared, and FlashInfer reads none of these settings.
+    Users set it on machines where multicast is broken or shared. FlashInfer reads none of these settings.
     """
     if os.environ.get("NCCL_NVLS_ENABLE") == "0":
         return "NCCL_NVLS_ENABLE=0"
@@ -75,7 +79,7 @@ def multicast_off() -> str | None:
 
 @functools.cache
 def pattern_codes() -> dict[str, int] | None:
-    """FlashInfer's names of fused patterns → their codes, read from its source; None where it is not installed."""
+    """FlashInfer's names of fused patterns → their codes, read from its source; None if it is not installed."""
     spec = _spec("flashinfer")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -96,10 +100,8 @@ def _spec(module: str) -> ModuleSpec | None:
         return None
 
 
-def _release(text: str) -> tuple[int, ...]:
-    numbers = []
-    for part in text.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+def _is_new_enough(version: str) -> bool:
+    try:
+        return Version(version) >= MINIMUM
+    except InvalidVersion:  # a custom build, whose contents are unknown
+        return False

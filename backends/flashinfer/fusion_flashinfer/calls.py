@@ -1,8 +1,8 @@
-"""The call of a fused kernel, by FlashInfer's public function or past it.
+"""The call of a fused kernel, by FlashInfer's public function or by the function below it.
 
-The public function checks what has been checked here when a call's form was first seen, flattens its tensors and warns:
-some 15 us of the CPU for each site of an eager model. Where the function below it has the parameters that 0.7.2 gave
-it, that one is called; the two reach the same kernel.
+The public function repeats checks that were made here when a call's form was first seen, flattens its tensors and
+warns: some 15 us of CPU time per site of an eager model. If the function below it has the parameters of 0.7.2, that one
+is called; both run the same kernel.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ PARAMETERS = (
     "block_quant_group_size",
     "weight_bias",
 )
-"""Of ``flashinfer.comm.trtllm_ar.get_trtllm_comm_module().trtllm_allreduce_fusion`` in 0.7.2."""
+"""Parameters of ``flashinfer.comm.trtllm_ar.get_trtllm_comm_module().trtllm_allreduce_fusion`` in 0.7.2."""
 
 Call = Callable[..., None]
 """(code, one_shot, pdl, x, total, residual, normed, quantized, scale_out, weight, eps, weight_bias, scale, layout,
-group_size), each as FlashInfer wants it; ``total`` is the sum without a norm or the new residual with one."""
+group_size), each as FlashInfer takes it; ``total`` is the sum without a norm or the new residual with one."""
 
 
 def call_for(handle: Any, public: Callable[..., Any], below: Callable[..., Any] | None) -> Call:
-    """How to call kernels on a workspace.
+    """The function that calls kernels on a workspace.
 
     Args:
         handle: FlashInfer's workspace.
         public: ``flashinfer.comm.allreduce_fusion``.
-        below: The function that it calls for a ``trtllm`` workspace, where it can be had.
+        below: The function that it calls for a ``trtllm`` workspace; None if it was not found.
     """
     if below is not None and handle.backend == "trtllm" and tuple(inspect.signature(below).parameters) == PARAMETERS:
         return _below(handle, below)
@@ -113,7 +113,7 @@ def _public(handle: Any, function: Callable[..., Any]) -> Call:
             pattern=code,
             launch_with_pdl=pdl,
             trigger_completion_at_end=True,
-            output=total,  # left alone by a pattern with a norm, and allocated for nothing where it is missing
+            output=total,  # not written by a pattern with a norm, but allocated if it is missing
             residual_out=total if code else None,
             norm_out=normed,
             quant_out=quantized,

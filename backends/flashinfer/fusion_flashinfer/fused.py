@@ -1,40 +1,32 @@
-"""FlashInfer's call."""
+"""One call of FlashInfer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from fusion_flashinfer.held import Ready
-from fusion_flashinfer.kernels import Kernel
+from fusion_core.workspaces import Call, Workspace
+from fusion_flashinfer.kernels import Form
 
 LAYOUTS = {"swizzled_128x4": 0, "linear": 2}
-"""``QuantizationSFLayout``. Its 8x4 layout is not here: the kernels of ``trtllm`` write nothing there."""
+"""``QuantizationSFLayout``. Its 8x4 layout is left out: the ``trtllm`` kernels write nothing in it."""
 
 
-def fused(
-    kernel: Kernel,
-    ready: Ready,
-    buffers: Any,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    option: Any,
-    pdl: bool,
-) -> None:
-    """FlashInfer's call, into ``buffers``."""
+def fused(workspace: Workspace[Any], call: Call, results: Mapping[str, Tensor]) -> None:
+    """Call FlashInfer, which writes into ``results``."""
+    form: Form = call.kernel  # type: ignore[assignment]
+    kernel, tensors, scalars = form.kernel, call.tensors, call.scalars
+    x, residual = tensors["x"], tensors.get("residual")
     if kernel.norms and residual is None:
-        residual = ready.zeros(x)
+        residual = workspace.zeros(x)
+    scale = tensors.get("scale", tensors.get("global_scale"))
     if scale is not None and scale.dim() != 1:
         scale = scale.reshape(1)
-    layout = group_size = None
-    if option is not None:
-        layout, group_size = (LAYOUTS[option], None) if kernel.quantization == "nvfp4" else (None, option)
-    ready.call(
-        kernel.code, ready.one_shot, pdl, x, buffers.total, residual, buffers.normed, buffers.quantized, buffers.scale,
-        weight, eps, weight_bias, scale, layout, group_size,
+    layout = scalars.get("scale_layout")
+    workspace.handle.call(
+        kernel.code, form.one_shot, form.pdl, x, results[kernel.outputs[-1]], residual, results.get("normed"),
+        results.get("quantized"), results.get("scale"), tensors.get("weight"), scalars.get("eps", 0.0),
+        scalars.get("weight_bias", 0.0), scale, None if layout is None else LAYOUTS[layout], scalars.get("group_size"),
     )  # fmt: skip

@@ -1,28 +1,32 @@
-"""FlashInfer's fused kernels: which pattern each one runs and what it gives."""
+"""FlashInfer's fused kernels: the pattern that each one runs, and its outputs."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusion_core import Pattern
+from fusion_core.patterns import CORE_PATTERNS
+
 E4M3 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One of ``AllReduceFusionPattern`` as one operator: with a residual or, by one of zeros, without.
+    """One of ``AllReduceFusionPattern`` as one operator. A pattern without a residual passes zeros.
 
     Attributes:
         pattern: The pattern's name.
         code: FlashInfer's code.
         symbol: FlashInfer's name.
         quantization: ``""``, ``"static_fp8"``, ``"token_fp8"``, ``"group_fp8"`` or ``"nvfp4"``.
-        norm_out: Whether it gives the norm beside its quantisation.
+        norm_out: Whether it returns the norm next to its quantisation.
     """
 
     pattern: str
@@ -33,7 +37,7 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """The operator's name, and the strategy's behind ``flashinfer.``."""
+        """The operator's name, and the strategy's after ``flashinfer.``."""
         return f"{self.pattern}_out" if self.norm_out else self.pattern
 
     @functools.cached_property
@@ -43,17 +47,45 @@ class Kernel:
 
     @functools.cached_property
     def norms(self) -> bool:
-        """Whether there is more to it than the sum."""
+        """Whether it computes more than the sum."""
         return self.pattern != "all_reduce"
+
+    @functools.cached_property
+    def option(self) -> tuple[str, ...]:
+        """The names of its quantisation's own scalars."""
+        return {"group_fp8": ("group_size",), "nvfp4": ("scale_layout",)}.get(self.quantization, ())
+
+    @functools.cached_property
+    def definition(self) -> Pattern:
+        """The pattern."""
+        return next(each for each in CORE_PATTERNS if each.name == self.pattern)
+
+    @functools.cached_property
+    def forms(self) -> dict[tuple[bool | None, bool, bool], Form]:
+        """Its forms, by whether they are one-shot, use PDL and are mnnvl's."""
+        every = itertools.product((True, False, None), (False, True), (False, True))
+        return {each: Form(self, *each) for each in every}
+
+    @functools.cached_property
+    def strategies(self) -> dict[tuple[bool, bool, bool], str]:
+        """The names of its strategies, by whether they are two-shot, use PDL and are mnnvl's."""
+        ends, both = ("_two_shot", "_pdl", "_mnnvl"), (False, True)
+        every = itertools.product(both, both, both)
+        return {each: f"flashinfer.{self.name}{''.join(itertools.compress(ends, each))}" for each in every}
+
+    @functools.cached_property
+    def in_x_dtype(self) -> tuple[str, ...]:
+        """The outputs of x's dtype and shape."""
+        return tuple(name for name in self.outputs if name not in ("quantized", "scale"))
 
     @property
     def in_parts(self) -> bool:
-        """Whether rows can be given to it in parts: packed and swizzled scales have a layout of the whole."""
+        """Whether it can run on parts of the rows: the layout of packed and swizzled scales depends on all rows."""
         return self.quantization in ("", "static_fp8", "token_fp8")
 
-    @property
+    @functools.cached_property
     def outputs(self) -> tuple[str, ...]:
-        """The names of what it gives, in order."""
+        """The names of its outputs, in order."""
         total = "residual_out" if self.adds else "reduced"
         if not self.norms:
             return (total,)
@@ -83,75 +115,69 @@ def _kernels() -> tuple[Kernel, ...]:
 KERNELS = _kernels()
 
 
-@dataclass(slots=True)
-class Buffers:
-    """What one call writes; None for what its kernel does not give.
+@dataclass(frozen=True, eq=False)
+class Form:
+    """One of a kernel's forms, as it is launched.
 
-    ``scale_has_own_rows`` for packed and swizzled scales, whose memory has no view with x's leading dimensions.
+    Attributes:
+        kernel: The kernel.
+        one_shot: Whether it reduces in one step; otherwise in two. None leaves it to FlashInfer (mnnvl).
+        pdl: Whether it uses programmatic dependent launch.
+        mnnvl: Whether it is a multicast kernel.
     """
 
-    total: Tensor
-    normed: Tensor | None = None
-    quantized: Tensor | None = None
-    scale: Tensor | None = None
-    scale_has_own_rows: bool = False
+    kernel: Kernel
+    one_shot: bool | None
+    pdl: bool
+    mnnvl: bool
 
-    def part(self, rows: slice) -> Buffers:
-        """Some of the rows, of a kernel that can be run in parts."""
-        given = (self.total, self.normed, self.quantized, self.scale)
-        return Buffers(*(None if each is None else each[rows] for each in given))  # type: ignore[arg-type]
-
-    def shaped(self, kernel: Kernel, lead: Sequence[int | torch.SymInt]) -> Any:
-        """The results in the kernel's order, with the input's leading dimensions."""
-        if not kernel.quantization:
-            results = [self.total] if self.normed is None else [self.normed, self.total]
-        else:
-            assert self.quantized is not None
-            results = [self.quantized]
-            if self.scale is not None:
-                results.append(self.scale)
-            if kernel.norm_out:
-                assert self.normed is not None
-                results.append(self.normed)
-            results.append(self.total)
-        if len(lead) != 1:
-            results = [
-                each if self.scale_has_own_rows and each is self.scale else _unflat(each, lead) for each in results
-            ]
-        return results[0] if len(results) == 1 else tuple(results)
+    def __str__(self) -> str:
+        shots = {True: " one-shot", False: " two-shot", None: ""}[self.one_shot]
+        return f"{self.kernel.symbol}{shots}{' with PDL' if self.pdl else ''}{' over multicast' if self.mnnvl else ''}"
 
 
-def _unflat(result: Tensor, lead: Sequence[int | torch.SymInt]) -> Tensor:
-    return result.view(*lead, result.shape[-1])
+def shaped(kernel: Kernel, found: Mapping[str, Tensor], lead: Sequence[int | torch.SymInt], scale_layout: str) -> Any:
+    """The results in the kernel's order, with the input's leading dimensions.
+
+    Packed and swizzled scales keep their two dimensions: their memory has no view with others.
+    """
+    results = [found[name] for name in kernel.outputs]
+    if len(lead) != 1:
+        own_rows = kernel.quantization == "group_fp8" or scale_layout != "linear"
+        results = [
+            each if name == "scale" and own_rows else each.view(*lead, each.shape[-1])
+            for name, each in zip(kernel.outputs, results, strict=True)
+        ]
+    return results[0] if len(results) == 1 else tuple(results)
 
 
-def allocate(kernel: Kernel, x: Tensor, *, group_size: int = 128, scale_layout: str = "swizzled_128x4") -> Buffers:
-    """Uninitialised memory for the results, real or fake.
+def allocate(
+    kernel: Kernel, x: Tensor, *, group_size: int = 128, scale_layout: str = "swizzled_128x4"
+) -> dict[str, Tensor]:
+    """Uninitialised memory for the results by name, real or fake.
 
     Args:
         kernel: The kernel.
         x: ``[tokens, hidden]``.
-        group_size: Of ``group_fp8``.
-        scale_layout: Of ``nvfp4``.
+        group_size: Elements per scale of ``group_fp8``.
+        scale_layout: The layout of ``nvfp4`` scales.
     """
+    found = {name: torch.empty_like(x) for name in kernel.in_x_dtype}
     if not kernel.quantization:
-        return Buffers(torch.empty_like(x), torch.empty_like(x) if kernel.norms else None)
+        return found
     tokens, hidden = x.shape
-    found = Buffers(torch.empty_like(x), torch.empty_like(x) if kernel.norm_out else None)
     if kernel.quantization == "nvfp4":
-        found.quantized = x.new_empty(tokens, hidden // 2, dtype=torch.uint8)
+        found["quantized"] = x.new_empty(tokens, hidden // 2, dtype=torch.uint8)
         if scale_layout == "linear":
-            found.scale = x.new_empty(tokens, hidden // 16, dtype=E4M3)
+            found["scale"] = x.new_empty(tokens, hidden // 16, dtype=E4M3)
         else:  # the kernel leaves the padding as it is
-            found.scale_has_own_rows = True
             rows, columns = (tokens + 127) // 128 * 128, (hidden // 16 + 3) // 4 * 4
-            found.scale = x.new_zeros(rows, columns, dtype=torch.uint8).view(E4M3)
+            found["scale"] = x.new_zeros(rows, columns, dtype=torch.uint8).view(E4M3)
     else:
-        found.quantized = x.new_empty(tokens, hidden, dtype=E4M3)
+        found["quantized"] = x.new_empty(tokens, hidden, dtype=E4M3)
         if kernel.quantization == "token_fp8":
-            found.scale = x.new_empty(tokens, 1, dtype=torch.float32)
+            found["scale"] = x.new_empty(tokens, 1, dtype=torch.float32)
         elif kernel.quantization == "group_fp8":
-            found.scale_has_own_rows = True
             packed = (hidden // group_size + 3) // 4
-            found.scale = x.new_empty_strided((tokens, packed), (1, (tokens + 3) // 4 * 4), dtype=torch.int32)
+            found["scale"] = x.new_empty_strided((tokens, packed), (1, (tokens + 3) // 4 * 4), dtype=torch.int32)
     return found

@@ -12,22 +12,22 @@ from typing import Any
 def comm() -> Any:
     """``flashinfer.comm`` with its kernels built and loaded.
 
-    The first call in a fresh installation compiles them for some minutes, behind FlashInfer's own file lock.
+    The first call in a fresh installation compiles them for some minutes, under FlashInfer's own file lock.
 
     Raises:
-        Exception: whatever importing or building raises.
+        Exception: any that importing or building raises.
     """
     import flashinfer.comm as module
     from flashinfer.comm.trtllm_ar import get_trtllm_comm_module
 
     get_trtllm_comm_module()
-    # its unified call warns on every call that it calls its own deprecated one
+    # its unified function warns at every call about the deprecated function that it calls itself
     warnings.filterwarnings("ignore", message=r"use the unified API allreduce\.py", category=DeprecationWarning)
     return module
 
 
 def below() -> Callable[..., Any] | None:
-    """The function that `flashinfer.comm.allreduce_fusion` calls; None where there is none of this name."""
+    """The function that `flashinfer.comm.allreduce_fusion` calls; None if there is none of this name."""
     from flashinfer.comm.trtllm_ar import get_trtllm_comm_module
 
     return getattr(get_trtllm_comm_module(), "trtllm_allreduce_fusion", None)
@@ -38,18 +38,6 @@ def version() -> str:
     import flashinfer
 
     return str(flashinfer.__version__)
-
-
-@functools.cache
-def norms() -> Any:
-    """``flashinfer.norm``; None where it cannot be imported or built, and torch's norm has to do."""
-    try:
-        import flashinfer.norm as module
-
-        module.get_norm_module()
-    except Exception:  # noqa: BLE001  # a build fails in any way; the norm in plain torch gives the same result
-        return None
-    return module
 
 
 @functools.cache

@@ -1,8 +1,8 @@
-"""Where each of FlashInfer's two kernel forms is known to be faster, and the largest input that one launch takes.
+"""Sizes at which each of FlashInfer's two kernel forms is known to be faster, and the most that one launch takes.
 
-Measured by this project on H200s (``benchmarks/README.md``) for sm_90 with 2 and 4 ranks. The others are what vLLM
-ships (``vllm/compilation/passes/fusion/allreduce_rms_fusion.py`` and ``flashinfer_all_reduce.py``, 2026), which
-measured them against its own unfused path. A table of `fusion-core tune` goes before all of this.
+Measured by this project on H200s (``benchmarks/README.md``) for sm_90 with 2 and 4 ranks. The others are those that
+vLLM ships (``vllm/compilation/passes/fusion/allreduce_rms_fusion.py`` and ``flashinfer_all_reduce.py``, 2026), measured
+against vLLM's own unfused path. A table of `fusion-core tune` overrides all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 MIB = 1 << 20
 
 MOST = 64 * MIB
-"""Bytes of one rank's input in one launch; more goes in several. Ranks times bytes stay below 2^30: at more, an index
+"""Bytes of one rank's input in one launch; more takes several. Ranks times bytes stay below 2^30: at more, an index
 of FlashInfer's kernels (``clear_offset * comm_size``, int) would overflow."""
 
 
@@ -23,7 +23,7 @@ class Limit:
     Attributes:
         one_shot: Up to here every rank reads all of every other rank's input; above, each reduces its share and
             gathers the rest (two-shot).
-        most: Above this, the unfused path.
+        most: Above this, the unfused path runs.
     """
 
     one_shot: int

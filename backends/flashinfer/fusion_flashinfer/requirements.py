@@ -11,15 +11,15 @@ from fusion_flashinfer.limits import MOST
 
 MOST_THREADS = 1024
 FEWER_THREADS = 512
-"""Of the two-shot kernel that writes the norm besides its per-group FP8: with 1024 threads it needs more registers than
-a block has ("too many resources requested for launch": FlashInfer 0.7.2.post1, H200, hidden 65536)."""
+"""Threads of the two-shot kernel that writes the norm and its per-group FP8: with 1024 it needs more registers than a
+block has ("too many resources requested for launch": FlashInfer 0.7.2.post1, H200, hidden 65536)."""
 
 
 @dataclass(frozen=True)
 class KernelPresent:
     """The installed FlashInfer has this fused pattern, under this code.
 
-    ``installed`` is its code there, None where it lacks it: a part of the repr, and so of the compile-cache key.
+    ``installed`` is its code there, None if it is missing. It is part of the repr and so of the compile-cache key.
     """
 
     name: str
@@ -28,12 +28,12 @@ class KernelPresent:
 
     @classmethod
     def here(cls, name: str, code: int) -> KernelPresent:
-        """The requirement against what is installed; met where nothing is, which availability refuses."""
+        """The requirement on the installed FlashInfer. Met if there is none: `availability` refuses that."""
         codes = pattern_codes()
         return cls(name, code, code if codes is None else codes.get(name))
 
     def unmet(self, site: Site) -> Reason | None:
-        """What is installed instead."""
+        """The reason if the installed FlashInfer lacks it or has another code."""
         if self.installed == self.code:
             return None
         found = f"the installed FlashInfer has {self.name} as {self.installed}"
@@ -47,20 +47,20 @@ class KernelPresent:
 
 @dataclass(frozen=True)
 class MulticastAllowed:
-    """The environment leaves NVLink multicast on, which FlashInfer's mnnvl kernels are made of.
+    """The environment does not switch off NVLink multicast, which FlashInfer's mnnvl kernels use.
 
-    ``switched_off_by`` is the setting that switches it off: a part of the repr, and so of the compile-cache key.
+    ``switched_off_by`` is the setting that does, or None. It is part of the repr and so of the compile-cache key.
     """
 
     switched_off_by: str | None
 
     @classmethod
     def here(cls) -> MulticastAllowed:
-        """The requirement against this process's environment."""
+        """The requirement on this process's environment."""
         return cls(multicast_off())
 
     def unmet(self, site: Site) -> Reason | None:
-        """What switches it off."""
+        """The reason if a setting switches it off."""
         if self.switched_off_by is None:
             return None
         return Reason("multicast", f"{self.switched_off_by} switches NVLink multicast off", "it on")
@@ -76,7 +76,7 @@ class Capability:
     least: int
 
     def unmet(self, site: Site) -> Reason | None:
-        """Why the GPU is too old."""
+        """The reason if the GPU is too old."""
         if capability(site.device) >= self.least:
             return None
         return Reason("arch", f"device is {site.device}", f"compute capability {self.least} or later")
@@ -87,7 +87,7 @@ class Capability:
 
 @dataclass(frozen=True)
 class OneCluster:
-    """A row fits one thread block cluster: ``v / gcd(v, 8) <= most`` with ``v`` 16-byte vectors to a row.
+    """A row fits one thread block cluster: ``v / gcd(v, 8) <= most`` with ``v`` 16-byte vectors per row.
 
     Source: the launch arithmetic of ``trtllm_allreduce_fusion.cuh``, which fails with "block_size > 1024" otherwise.
     """
@@ -96,7 +96,7 @@ class OneCluster:
     most: int = MOST_THREADS
 
     def unmet(self, site: Site) -> Reason | None:
-        """Why a row does not fit."""
+        """The reason if a row does not fit."""
         tensor = site.tensor(self.arg)
         if tensor is None or not tensor.shape:
             return None
@@ -127,7 +127,7 @@ class OneLaunch:
     arg: str
 
     def unmet(self, site: Site) -> Reason | None:
-        """Why the input is too large."""
+        """The reason if the input is too large."""
         tensor = site.tensor(self.arg)
         if tensor is None or not all(isinstance(size, int) for size in tensor.shape):
             return None
@@ -147,16 +147,16 @@ class OneLaunch:
 
 @dataclass(frozen=True)
 class VectorForEachRank:
-    """A row has as many 16-byte vectors as there are ranks: in a two-shot kernel a thread for each rank waits for it.
+    """A row has a 16-byte vector for each rank: in a two-shot kernel, one thread per rank waits for that rank.
 
-    Source: the launch arithmetic of ``trtllm_allreduce_fusion.cuh``, which gives a short row a thread to a vector and
+    Source: the launch arithmetic of ``trtllm_allreduce_fusion.cuh``, which gives a short row one thread per vector and
     fails with "not oneshot, or block_size < nranks" otherwise.
     """
 
     arg: str
 
     def unmet(self, site: Site) -> Reason | None:
-        """Why a row is too short."""
+        """The reason if a row is too short."""
         tensor = site.tensor(self.arg)
         if tensor is None or not tensor.shape:
             return None
@@ -177,7 +177,7 @@ class MoreRowsThanRanks:
     arg: str
 
     def unmet(self, site: Site) -> Reason | None:
-        """Why there are too few."""
+        """The reason if there are too few rows."""
         tensor = site.tensor(self.arg)
         if tensor is None or not all(isinstance(size, int) for size in tensor.shape):
             return None

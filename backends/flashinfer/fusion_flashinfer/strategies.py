@@ -1,8 +1,13 @@
-"""FlashInfer's strategies: one for each kernel, with all that the kernel does not check itself."""
+"""FlashInfer's strategies: one per pattern, with the requirements that its kernels do not check themselves.
+
+A strategy's variants are the kernels with and without the norm as an output, each in every form that it is launched in.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +19,11 @@ from fusion_core import (
     DTypeAttribute,
     KnownFaster,
     MultipleOf,
+    Present,
     Requirement,
     SameDType,
     Strategy,
+    Variant,
     WorldSize,
 )
 from fusion_flashinfer.kernels import KERNELS, Kernel
@@ -38,75 +45,63 @@ WORLD_SIZES = (2, 4, 8)
 """The kernels' template has 16 too, but FlashInfer's own rule for one-shot raises KeyError there."""
 
 LEAST_SCALE = 1 / (512 * 448)
-"""Of a dynamic FP8 scale: ``trtllm_allreduce_fusion.cuh``, and the default of `quantize_token_fp8`."""
+"""The least dynamic FP8 scale: ``trtllm_allreduce_fusion.cuh``, and the default of `quantize_token_fp8`."""
 
 UNTESTED_FP4 = "no GPU of compute capability 10 was at hand"
 UNTESTED_MNNVL = "NVLink multicast was off on the machines at hand"
 
 
-def _implementation(kernel: Kernel, *, pdl: bool, mnnvl: bool, two_shot: bool) -> Callable[..., Any]:
-    """The operator with the pattern's parameters by name. What requirements have settled is not passed on."""
-    op = operator(kernel)
+def _forms() -> tuple[Variant, ...]:
+    """The forms in which FlashInfer launches every kernel.
 
-    if not kernel.norms:
-
-        def all_reduce(x: Tensor, *, group: str, max_tokens: int | None = None, numerics: str = "default") -> Any:
-            return op(x, group, max_tokens, pdl, mnnvl, two_shot, numerics == "deterministic")
-
-        return all_reduce
-
-    def norm(
-        x: Tensor,
-        weight: Tensor,
-        eps: float,
-        *,
-        residual: Tensor | None = None,
-        scale: Tensor | None = None,
-        global_scale: Tensor | None = None,
-        weight_bias: float = 0.0,
-        residual_dtype: torch.dtype | None = None,
-        norm_dtype: torch.dtype | None = None,
-        fp8_dtype: torch.dtype | None = None,
-        fp8_max: float | None = None,
-        min_scale: float | None = None,
-        group_size: int = 128,
-        scale_format: str = "",
-        scale_layout: str = "",
-        group: str,
-        max_tokens: int | None = None,
-    ) -> Any:
-        tensors = [each for each in (residual, weight, scale, global_scale) if each is not None]
-        options = {"group_fp8": (group_size,), "nvfp4": (scale_layout,)}.get(kernel.quantization, ())
-        return op(x, *tensors, eps, weight_bias, *options, group, max_tokens, pdl, mnnvl, two_shot)
-
-    return norm
+    What the user switched on comes first. Measurements decide between one-shot and two-shot at each size.
+    """
+    one_shot, two_shot = (
+        (KnownFaster("x", sizes, "where it was measured to be faster"),) for sizes in (ONE_SHOT, TWO_SHOT)
+    )
+    more = (VectorForEachRank("x"), MoreRowsThanRanks("x"))
+    multicast = (MulticastAllowed.here(),)
+    return (
+        Variant("", {}, (), one_shot),
+        Variant("two_shot", {"two_shot": True}, more, two_shot, rank=-2),
+        Variant("pdl", {"pdl": True}, (), one_shot, rank=4, option="pdl"),
+        Variant("two_shot_pdl", {"pdl": True, "two_shot": True}, more, two_shot, rank=2, option="pdl"),
+        Variant("mnnvl", {"mnnvl": True}, multicast, one_shot, rank=6, option="mnnvl", untested=UNTESTED_MNNVL),
+    )
 
 
-def _untested(kernel: Kernel, *, mnnvl: bool) -> str | None:
-    why = [UNTESTED_FP4] * (kernel.quantization == "nvfp4") + [UNTESTED_MNNVL] * mnnvl
-    return "; ".join(why) or None
+def _all_reduce(
+    x: Tensor,
+    *,
+    group: str,
+    max_tokens: int | None = None,
+    numerics: str = "default",
+    pdl: bool = False,
+    mnnvl: bool = False,
+    two_shot: bool = False,
+) -> Any:
+    """The operator; with deterministic numerics it never takes the unfused path for many rows."""
+    return operator(KERNELS[0])(x, group, max_tokens, pdl, mnnvl, two_shot, numerics == "deterministic")
 
 
-def _in_x_dtype(kernel: Kernel) -> tuple[str, ...]:
-    """The tensors that a kernel reads and writes in x's dtype."""
-    return (*("residual",) * kernel.adds, *("weight", "normed") * kernel.norms, kernel.outputs[-1])
-
-
-def _requirements(kernel: Kernel, *, mnnvl: bool, two_shot: bool) -> tuple[Requirement, ...]:
+def _requirements(kernel: Kernel) -> tuple[Requirement, ...]:
+    """The requirements of every variant."""
+    # the kernels read every tensor as x's dtype; another dtype gives garbage without an error (vLLM#48324)
+    in_x_dtype = (*("residual",) * kernel.adds, *("weight", "normed") * kernel.norms, kernel.outputs[-1])
     found: list[Requirement] = [
-        KernelPresent.here(kernel.symbol, kernel.code),
         WorldSize(*WORLD_SIZES),
         DType("x", *HALVES, *(() if kernel.quantization else (torch.float32,))),
-        # the kernels read every tensor in x's dtype; another one would be garbage without an error (vLLM#48324)
-        SameDType("x", *_in_x_dtype(kernel)),
-        # loads of 16 bytes; 8 elements, so that one rule does for all dtypes. NVFP4 has blocks of 16
+        SameDType("x", *in_x_dtype),
+        # loads of 16 bytes: 8 elements, so that one rule covers all dtypes. NVFP4 has blocks of 16
         MultipleOf("x", dim=-1, of=16 if kernel.quantization == "nvfp4" else 8),
         OneCluster("x"),
     ]
+    if kernel.norms:
+        found.append(Present("weight"))
     if kernel.adds:
         found.append(DTypeAttribute("residual_dtype", "x"))
     if kernel.quantization:
-        # a norm that only the quantisation reads may be one rounding finer in the model than in the kernel
+        # if only the quantisation reads the norm, the model may skip a rounding that the kernel does
         found.append(DTypeAttribute("norm_dtype", "x", (torch.float32,)))
     elif kernel.norms:
         found.append(DTypeAttribute("norm_dtype", "x"))
@@ -129,45 +124,48 @@ def _requirements(kernel: Kernel, *, mnnvl: bool, two_shot: bool) -> tuple[Requi
         found += [Capability(10), DType("global_scale", torch.float32)]
     if not kernel.in_parts:
         found.append(OneLaunch("x"))
-    if two_shot:
-        found += [VectorForEachRank("x"), MoreRowsThanRanks("x")]
-        if kernel.quantization == "group_fp8" and kernel.norm_out:
-            found.append(OneCluster("x", FEWER_THREADS))
-    if mnnvl:
-        found.append(MulticastAllowed.here())
     return tuple(found)
 
 
-FORMS = (("", 0, None), ("two_shot", -2, None), ("pdl", 4, "pdl"), ("two_shot_pdl", 2, "pdl"), ("mnnvl", 6, "mnnvl"))
-"""Suffix, rank and option of each form. What the user switched on comes first, and without the norm's output before
-with it; which of one-shot and two-shot runs at a size is for measurements to say."""
-
-
-def _strategies() -> tuple[Strategy, ...]:
-    found = []
-    for kernel in KERNELS:
-        for suffix, rank, option in FORMS:
-            mnnvl, two_shot = option == "mnnvl", suffix.startswith("two_shot")
-            if mnnvl and kernel.quantization == "group_fp8":
+def _variants(kernel: Kernel, forms: tuple[Variant, ...]) -> Iterator[Variant]:
+    """A kernel in each of its forms."""
+    present = KernelPresent.here(kernel.symbol, kernel.code)
+    for form in forms:
+        requires = (present, *form.requires)
+        if kernel.quantization == "group_fp8":
+            if form.option == "mnnvl":
                 continue  # mnnvl has no such kernel
-            sizes = TWO_SHOT if two_shot else ONE_SHOT
-            found.append(
-                Strategy(
-                    pattern=kernel.pattern,
-                    name=f"flashinfer.{kernel.name}" + (f"_{suffix}" if suffix else ""),
-                    impl=_implementation(kernel, pdl=option == "pdl", mnnvl=mnnvl, two_shot=two_shot),
-                    requires=_requirements(kernel, mnnvl=mnnvl, two_shot=two_shot),
-                    worthwhile=(KnownFaster("x", sizes, "where it was measured to be faster"),),
-                    outputs=kernel.outputs,
-                    rank=rank - kernel.norm_out,
-                    option=option,
-                    # with a norm the kernels share a row between more or fewer blocks as there are fewer or more rows,
-                    # and add its squares up in another order
-                    batch_invariant=not kernel.norms and suffix == "",
-                    untested=_untested(kernel, mnnvl=mnnvl),
-                )
-            )
-    return tuple(found)
+            if kernel.norm_out and "two_shot" in form.arguments:
+                requires += (OneCluster("x", FEWER_THREADS),)
+        yield replace(
+            form,
+            name="_".join(filter(None, ("out" if kernel.norm_out else "", form.name))),
+            requires=requires,
+            outputs=kernel.outputs,
+            impl=operator(kernel) if kernel.norms else None,
+            rank=form.rank - kernel.norm_out,  # without the norm's output before with it
+            # with a norm, the number of blocks that share a row depends on the number of rows, and so does the order in
+            # which its squares are added
+            batch_invariant=not kernel.norms and form.name == "",
+        )
 
 
-STRATEGIES = _strategies()
+def _strategies() -> Iterator[Strategy]:
+    forms = _forms()
+    for pattern, group in itertools.groupby(KERNELS, lambda kernel: kernel.pattern):
+        kernels = tuple(group)
+        requires = _requirements(kernels[0])
+        required = [each.name for each in requires if isinstance(each, Attribute | DTypeAttribute)]
+        yield Strategy(
+            pattern=pattern,
+            name=f"flashinfer.{pattern}",
+            impl=operator(kernels[0]) if kernels[0].norms else _all_reduce,
+            requires=requires,
+            untested=UNTESTED_FP4 if kernels[0].quantization == "nvfp4" else None,
+            # of the scalars that must have certain values, the operators take only the group size
+            settled=tuple(name for name in required if name != "group_size"),
+            variants=tuple(variant for kernel in kernels for variant in _variants(kernel, forms)),
+        )
+
+
+STRATEGIES = tuple(_strategies())

@@ -1,4 +1,4 @@
-"""Both sides of FlashInfer's own requirements, for the conformance kit, which imports this by itself."""
+"""Sites on both sides of FlashInfer's own requirements, for the conformance kit, which imports this by itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _(requirement: MulticastAllowed, site: Site) -> Sides:
 
 
 def _all_or_none(met: bool, site: Site) -> Sides:
-    """Of a requirement that hangs on the machine alone."""
+    """The sides of a requirement that depends only on the machine."""
     return Sides((site,), ()) if met else Sides((), (site,))
 
 
@@ -51,7 +51,7 @@ def _(requirement: OneCluster, site: Site) -> Sides:
     tensor = site.inputs[arg]
     vector = 16 // tensor.dtype.itemsize
     size = tensor.shape[-1] if tensor.shape else 1
-    # in vectors of 16 bytes; blocks of one cluster share them where 8 divides them, or 4, or 2
+    # in vectors of 16 bytes; the blocks of one cluster share them if 8, 4 or 2 divides their number
     met = (45, most - 1, most, 2 * (most - 1), 8 * most)
     unmet = (most + 1, 2 * (most + 1), 4 * (most + 1), 8 * (most + 1))
     return Sides(
@@ -67,7 +67,7 @@ def _(requirement: OneLaunch, site: Site) -> Sides:
     hidden = int(tensor.shape[-1]) if tensor.shape else 1
     rows = MOST // (hidden * tensor.dtype.itemsize)
     met = [_sized(site, arg, (count, hidden)) for count in (1, 0, rows)]
-    met += [_sized(site, arg, (MOST // tensor.dtype.itemsize,)), _unknown(site, arg)]  # the operator looks when it runs
+    met += [_sized(site, arg, (MOST // tensor.dtype.itemsize,)), _unknown(site, arg)]  # checked when it runs
     unmet = [_sized(site, arg, (rows + 1, hidden)), _sized(site, arg, (MOST // tensor.dtype.itemsize + 1,))]
     return Sides(tuple(met), tuple(unmet))
 
@@ -95,13 +95,13 @@ def _(requirement: MoreRowsThanRanks, site: Site) -> Sides:
         here = replace(site, world_size=ranks)
         met += [_sized(here, arg, shape) for shape in ((ranks + 1, *hidden), (2, ranks, *hidden))]
         unmet += [_sized(here, arg, shape) for shape in ((ranks, *hidden), (1, ranks, *hidden), (1, *hidden), hidden)]
-    met += [_sized(site, arg, (0, *hidden)), _unknown(site, arg)]  # the operator looks when it runs
+    met += [_sized(site, arg, (0, *hidden)), _unknown(site, arg)]  # checked when it runs
     return Sides(tuple(met), tuple(unmet))
 
 
 def _unknown(site: Site, arg: str) -> Site:
     """The site with a number of rows that is known only at run time."""
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it brings sympy
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it imports sympy
 
     tensor = site.inputs[arg]
     shape = (ShapeEnv().create_unbacked_symint(), *tensor.shape[-1:])

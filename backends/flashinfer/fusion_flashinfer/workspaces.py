@@ -1,178 +1,151 @@
-"""FlashInfer's workspaces: one for each process group and dtype class, made by all its ranks when first needed.
-
-Nothing here is done while a CUDA graph is being captured, and every step is one that all ranks of the group take
-together: the same calls in the same order give them the same sizes and the same outcomes (`fusion_core.agree`).
-"""
+"""FlashInfer's workspaces: how one is made, measured and given back. Multicast is off unless mnnvl is asked for."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
-from typing import Any
+import contextlib
+import gc
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from fusion_core import Reason, Status
-from fusion_core.agree.agreement import NoAgreement
-from fusion_core.run_time import fell_back
-from fusion_core.workspaces import per_group
-from fusion_core.workspaces.per_group import Groups, resolve, synchronize
-from fusion_flashinfer import creation
-from fusion_flashinfer.held import Held, Ready
-from fusion_flashinfer.kernels import Kernel
+from fusion_core import Reason
+from fusion_core.workspaces import Call, Exchange, Provider, Workspace, Workspaces, too_little_memory
+from fusion_flashinfer import calls, library
+from fusion_flashinfer.availability import multicast_off
+from fusion_flashinfer.fused import fused
+from fusion_flashinfer.kernels import Form, allocate
 from fusion_flashinfer.limits import MOST
-from fusion_flashinfer.self_check import self_check
 
-LEAST_ELEMENTS = 1 << 20
-"""A workspace's smallest capacity: 16 MiB a rank at 2 ranks and 16 bits."""
-
-_UNCHECKED = object()
+GRANULARITY = 2 << 20
+"""Bytes to which the driver rounds an allocation that is shared between GPUs."""
 
 
-class Workspaces:
-    """All workspaces of this process."""
+class Made(NamedTuple):
+    """A workspace of FlashInfer's, and the function that calls kernels on it."""
 
-    def __init__(self) -> None:
-        self.groups: Groups[Held] = Groups(_entry, "flashinfer")
+    workspace: Any
+    call: calls.Call
 
-    def ready(
-        self, kernel: Kernel, x: Tensor, group: str, max_tokens: int | None, pdl: bool, mnnvl: bool, two_shot: bool
-    ) -> Ready | None:
-        """The workspace for one call; None where all ranks run it unfused.
 
-        Args:
-            kernel: What will be called.
-            x: ``[tokens, n]``, not empty.
-            group: The process group's name.
-            max_tokens: The capacity in rows; None for as much as pays.
-            pdl: Whether with programmatic dependent launch.
-            mnnvl: Whether with multicast kernels.
-            two_shot: Whether in two steps.
+class FlashInfer(Provider[Made]):
+    """FlashInfer's workspaces: one per process group, width of dtype and kind of kernels."""
+
+    name = "flashinfer"
+    report_to = "flashinfer-ai/flashinfer"
+    arrival = 900.0  # a rank may still build FlashInfer's kernels
+    step = making = 90.0  # no rank does more than CUDA calls; FlashInfer's own exchange gives up after 30 s
+    least = 2 << 20
+
+    def key(self, call: Call) -> tuple[bool, bool]:
+        """Whether the dtype is float32, and whether the kernels are mnnvl's."""
+        return call.x.dtype is torch.float32, form_of(call).mnnvl
+
+    def label(self, key: Any) -> str:
+        """The description of a workspace."""
+        wide, mnnvl = key
+        return f"{'mnnvl' if mnnvl else 'trtllm'} workspace ({32 if wide else 16} bits)"
+
+    def room(self, call: Call) -> int:
+        """All ``max_tokens`` rows at once, if that is set; more than `MOST` would overflow an index of the kernels."""
+        return super().room(call) if call.max_tokens is None else min(call.max_tokens * call.row_bytes, MOST)
+
+    def facts(self, call: Call, size: int) -> tuple[dict[str, Any], Reason | None]:
+        """The facts that must be the same on all ranks, and why this rank cannot make a workspace.
+
+        Imports FlashInfer, and builds its kernels if they are not built yet.
         """
-        form = (kernel.code, group, x.dtype, x.shape, max_tokens, pdl, mnnvl, two_shot)
-        found: Ready | None = self.groups.forms.get(form)
-        if found is None or resolve(group) is not found.held.group():
-            found = self._decide(kernel, x, group, max_tokens, pdl, mnnvl, two_shot)
-            if found is None:
-                return None
-            self.groups.remember(form, found)
-        found.held.enter()
-        return found
-
-    def _decide(
-        self, kernel: Kernel, x: Tensor, group: str, max_tokens: int | None, pdl: bool, mnnvl: bool, two_shot: bool
-    ) -> Ready | None:
-        held = self.groups.get((group, x.dtype is torch.float32, mnnvl), x.device)
-        size = x.numel()
-        one_shot: bool | None = not two_shot or x.shape[0] <= held.world_size
-        if mnnvl:
-            one_shot = None  # it has kernels of its own, and its own rule
-        check = (kernel.code, x.dtype, one_shot, pdl)
-        verdict = held.checked.get(check, _UNCHECKED)
-        if held.failure is not None and size > held.elements:  # what there is goes on
-            verdict = held.failure
-        if isinstance(verdict, Reason):  # for this strategy too: another's call may have met it first
-            fell_back(_strategy(kernel, check, held.key), group, verdict)
-            return None
-        if (size > held.elements or verdict is _UNCHECKED) and not self._prepare(held, kernel, x, max_tokens, check):
-            return None
-        return Ready(held, one_shot)
-
-    def status(self) -> Iterator[Status]:
-        """One line for each workspace of this process."""
-        for held in self.groups:
-            group, wide, mnnvl = held.key
-            kind = "mnnvl" if mnnvl else "trtllm"
-            subject = f"{kind} workspace of group {group}, {held.world_size} ranks, {32 if wide else 16} bits"
-            failed = [str(reason) for reason in held.checked.values() if reason is not None]
-            state = str(held.failure) if held.failure is not None else "; ".join(failed) or "in use"
-            yield Status(subject, held.memory, state)
-
-    def _prepare(self, held: Held, kernel: Kernel, x: Tensor, max_tokens: int | None, check: tuple[Any, ...]) -> bool:
-        """Make the workspace, or a larger one, and run the self-check; whether the call can then be fused."""
-        if per_group.capturing():
-            reason = Reason(
-                "capture",
-                f"the first call of {kernel.name} on {tuple(x.shape)} came while a CUDA graph was captured",
-                "one call outside of capture first",
-                hint="run the model once before capturing it",
-            )
-            fell_back(_strategy(kernel, check, held.key), held.key[0], reason)
-            return False
-        return self.groups.prepare(held, lambda: self._prepare_now(held, kernel, x, max_tokens, check))
-
-    def _prepare_now(
-        self, held: Held, kernel: Kernel, x: Tensor, max_tokens: int | None, check: tuple[Any, ...]
-    ) -> bool:
-        if held.device.type == "cuda":
-            torch.cuda.set_device(held.device)
-        hidden = x.shape[1]
-        rows = max(2 * held.world_size + 1, 5)  # of the self-check
-        if x.numel() > held.elements:
-            wanted = max(LEAST_ELEMENTS, rows * hidden, 1 << (x.numel() - 1).bit_length())
-            if max_tokens is not None:
-                # no more than is ever used: larger ones would also overflow an index of the kernels
-                wanted = max(min(max_tokens * hidden, MOST // x.dtype.itemsize), x.numel(), rows * hidden)
-            held.failure = self._make(held, f"{kernel.name} of {tuple(x.shape)}", -(-wanted // hidden), hidden, x.dtype)
-            if held.failure is not None:
-                fell_back(_strategy(kernel, check, held.key), held.key[0], held.failure)
-                return False
-        if check not in held.checked:
-            vote = self.groups.agreement(held, f"the self-check of {kernel.name}", creation.STEP)
-            problem = self_check(
-                kernel, Ready(held, check[2]), rows, hidden, x.dtype, held.device, held.key[0], pdl=check[3]
-            )
-            reason = vote.outcome(problem)
-            held.checked[check] = reason
-            if reason is not None:
-                fell_back(_strategy(kernel, check, held.key), held.key[0], reason)
-            synchronize(held.device)  # the check used the workspace on another stream than the call will
-        return held.checked[check] is None
-
-    def _make(self, held: Held, call: str, tokens: int, hidden: int, dtype: torch.dtype) -> Reason | None:
-        """A workspace of this capacity in place of the one held; why not, the same reason on all ranks."""
-        mnnvl = held.key[2]
-        facts, problem = creation.facts(tokens, hidden, dtype, held.device, held.world_size, mnnvl=mnnvl)
-        facts["call"] = call
-        first = self.groups.agreement(held, "what a workspace needs", creation.ARRIVAL)
+        x, mnnvl = call.x, form_of(call).mnnvl
+        tokens, hidden = shape(call, size)
+        found: dict[str, Any] = {"tokens": tokens, "hidden": hidden, "dtype": str(x.dtype), "mnnvl": mnnvl}
         try:
-            problem = creation.disagreement(first.gather(facts)) or problem
-        except NoAgreement as error:
-            problem = error.reason
-        if reason := self.groups.agreement(held, "whether to make a workspace", creation.STEP).outcome(problem):
-            return reason
-        made, group = None, held.group()
-        failure: Reason | NoAgreement | None = None
-        exchange = self.groups.agreement(held, "the exchange of a workspace's handles", creation.STEP)
-        try:
-            assert group is not None
-            made = creation.create(exchange, group, tokens, hidden, dtype, mnnvl=mnnvl)
-            synchronize(held.device)
-        except NoAgreement as error:
-            failure = error
-        except Exception as error:  # noqa: BLE001  # whatever it is: the other ranks must hear of it
-            failure = problem = Reason("workspace", f"making a workspace raised {type(error).__name__}: {error}")
-            exchange.abandon(problem)
-        reason = self.groups.agreement(held, "whether the workspace came up", creation.STEP).outcome(failure)
-        if reason is not None:
-            if made is not None:
-                creation.free(made)
-            return reason
-        # every rank has come past its last use of the old one: they have just voted
-        self.groups.forms.clear()
-        held.replace(made, tokens * hidden)
-        return None
+            library.comm()
+            found["version"] = library.version()
+            if not mnnvl and library.confidential_computing():
+                words = "the GPU is in confidential computing mode, where FlashInfer's workspace uses NVLink multicast"
+                return found, Reason("confidential_computing", words, "a GPU outside of it")
+        except Exception as error:  # noqa: BLE001  # an import or a build can fail in any way
+            return found, Reason("import", f"importing flashinfer.comm raised {type(error).__name__}: {error}")
+        return found, too_little_memory(x.device, needed(tokens * call.row_bytes, call.world_size), GRANULARITY)
+
+    def create(self, call: Call, size: int, exchange: Exchange) -> Made:
+        """Make a FlashInfer workspace together with the other ranks.
+
+        Raises:
+            RuntimeError: if FlashInfer made another workspace than asked for, or one with unrequested multicast.
+            Exception: any that FlashInfer raises.
+        """
+        (tokens, hidden), dtype, mnnvl = shape(call, size), call.x.dtype, form_of(call).mnnvl
+        if mnnvl and multicast_off():
+            raise RuntimeError(f"mnnvl uses NVLink multicast, which the environment switches off ({multicast_off()})")
+        made = library.comm().create_allreduce_fusion_workspace(
+            backend="mnnvl" if mnnvl else "trtllm",  # by name: "auto" takes mnnvl wherever the GPU has multicast
+            world_size=exchange.size,
+            rank=exchange.rank,
+            max_token_num=tokens,
+            hidden_dim=hidden,
+            dtype=dtype,
+            comm_backend=exchange,
+            group=exchange.group,  # both: without them FlashInfer uses the default group, and hangs (vLLM#45917)
+        )
+        if not mnnvl:
+            kind = type(made).__name__
+            if made.backend != "trtllm" or kind != "TRTLLMAllReduceFusionWorkspace":
+                raise RuntimeError(f"asked for a trtllm workspace, FlashInfer made {kind} ({made.backend})")
+            if not made.mem_handles or any(each._enable_multicast or each.mc_ptr for each in made.mem_handles):
+                raise RuntimeError("FlashInfer's trtllm workspace uses NVLink multicast, which nobody asked for")
+            if not made.is_buffer_size_sufficient(exchange.size, tokens, hidden, dtype):
+                raise RuntimeError(f"FlashInfer's workspace is too small for the {tokens} x {hidden} asked for")
+        return Made(made, calls.call_for(made, library.comm().allreduce_fusion, library.below()))
+
+    def free(self, handle: Made) -> None:
+        """Give a workspace's memory back: ``destroy()`` alone leaves it in FlashInfer's own table forever."""
+        made = handle.workspace
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        with contextlib.suppress(AttributeError):
+            library.comm().trtllm_destroy_ipc_workspace_for_all_reduce_fusion(made.ipc_handles)
+        made.destroy()
+        with contextlib.suppress(AttributeError):
+            made._internal_workspace = None
+        gc.collect()  # its handles are in reference cycles
+
+    def memory(self, handle: Made) -> int:
+        """Bytes of device memory that a workspace takes on this rank; 0 if it has no metadata."""
+        metadata = getattr(handle.workspace, "metadata", None)
+        if not isinstance(metadata, dict):
+            return 0
+        names = ("buffer_size", "flag_size", "lamport_buffer_size")
+        return sum(_rounded(int(metadata.get(name, 0))) for name in names)
+
+    def run(self, workspace: Workspace[Made], call: Call) -> dict[str, Tensor]:
+        """Allocate the results and launch the kernel once."""
+        kernel = form_of(call).kernel
+        option = {name: call.scalars[name] for name in kernel.option} if kernel.option else {}
+        results = allocate(kernel, call.tensors["x"], **option)
+        fused(workspace, call, results)
+        return results
 
 
-def _strategy(kernel: Kernel, check: tuple[Any, ...], key: tuple[Any, ...]) -> str:
-    form = "_two_shot" if check[2] is False else ""
-    return f"flashinfer.{kernel.name}{form}{'_pdl' if check[3] else ''}{'_mnnvl' if key[2] else ''}"
+def form_of(call: Call) -> Form:
+    """The form that is launched."""
+    assert isinstance(call.kernel, Form)
+    return call.kernel
 
 
-def _entry(key: tuple[Any, ...], group: weakref.ref[dist.ProcessGroup], world_size: int, device: torch.device) -> Held:
-    return Held(key, group, world_size, device)
+def shape(call: Call, size: int) -> tuple[int, int]:
+    """Tokens and hidden size of a workspace that takes this many bytes of x."""
+    return -(-size // call.row_bytes), call.x.shape[-1]
 
 
-WORKSPACES = Workspaces()
+def needed(size: int, world_size: int) -> int:
+    """Bytes of device memory that a workspace takes on each rank (``trtllm_ar.py``: one buffer, flags, three more)."""
+    buffer = world_size * size
+    return _rounded(buffer) + _rounded(world_size * 256 * 4) + _rounded(3 * buffer)
+
+
+def _rounded(size: int) -> int:
+    return -(-size // GRANULARITY) * GRANULARITY
+
+
+WORKSPACES = Workspaces(FlashInfer())

@@ -1,7 +1,7 @@
-"""An all_reduce whose bits hang on nothing but a row's own numbers: gathered, then added in the order of the ranks.
+"""An all_reduce whose bits depend only on a row's own values: an all_gather, then a sum in the order of the ranks.
 
-NCCL's own sum of a row depends on where in the buffer the row lies and on which algorithm the buffer's size selects;
-this one does not. It costs the other ranks' parts in memory, world size times x, and their way over the links.
+NCCL's own sum of a row also depends on the row's place in the buffer and on the algorithm that the buffer's size
+selects. This one costs memory for all ranks' parts, world size times x, and their transfer over the links.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusion_core.groups import world_size
+from fusion_core import ConfigError, process_group
 from fusion_core.patterns.plain import all_reduce
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -27,9 +27,10 @@ def all_reduce_in_rank_order(x: Tensor, *, group: str) -> Tensor:
     Returns:
         A tensor of x's shape and dtype, contiguous.
     """
-    ranks = world_size(group)
-    if ranks is None:
-        # for torch to refuse in its own words; fake tensors, which need no group, get the form of the result
+    try:
+        ranks = process_group(group).size()
+    except ConfigError:
+        # torch raises its own error; fake tensors, which need no group, get a result of the right form
         unknown: Tensor = all_reduce.function(x.contiguous(), group=group)
         return unknown
     ops = torch.ops._c10d_functional

@@ -15,13 +15,13 @@ CUDA = (12, 3)
 
 
 class TorchCollective(Attribute):
-    """The place calls torch's own all_reduce, so that the definition, which does too, is as fast."""
+    """The site calls torch's own all_reduce, as the definition does: the definition is then as fast."""
 
     def __init__(self) -> None:
         super().__init__("collective", None)
 
     def unmet(self, site: Site) -> Reason | None:
-        """Which other collective the place calls."""
+        """The reason if the site calls another collective."""
         if super().unmet(site) is None:
             return None
         found = f"the place calls {site.attributes[self.name]}, which may be faster than torch's all_reduce"
@@ -35,15 +35,15 @@ class TorchCollective(Attribute):
 class SymmetricMemory:
     """This build of torch has symmetric memory and the two kernels over it.
 
-    ``lacking`` is what it has not, None where it has all: a part of the repr, and so of the compile-cache key. A build
-    for no GPU at all meets it, since it has no GPU that an `Arch` would allow.
+    ``lacking`` names what is missing, or is None. It is part of the repr and so of the compile-cache key. CPU-only
+    builds pass; `Arch` rejects them.
     """
 
     lacking: str | None
 
     @classmethod
     def here(cls) -> SymmetricMemory:
-        """The requirement against the torch of this process."""
+        """The requirement on this process's torch."""
         if not torch.distributed.is_available():
             return cls("torch.distributed")
         for name in OPERATORS:
@@ -55,7 +55,7 @@ class SymmetricMemory:
         return cls(None)
 
     def unmet(self, site: Site) -> Reason | None:
-        """What this torch lacks."""
+        """The reason if this torch lacks something."""
         if self.lacking is None:
             return None
         found = f"torch {torch.__version__} is without {self.lacking}"
@@ -67,13 +67,13 @@ class SymmetricMemory:
 
 @dataclass(frozen=True)
 class MostBytes:
-    """A tensor has at most so many bytes; of one whose size is known only at run time, at each token count."""
+    """A tensor has at most this many bytes. If its size is known only at run time, each token count is checked."""
 
     arg: str
     most: int
 
     def unmet(self, site: Site) -> Reason | None:
-        """Why the tensor is too large."""
+        """The reason if the tensor is too large."""
         tensor = site.tensor(self.arg)
         if tensor is None or not all(isinstance(size, int) for size in tensor.shape):
             return None
@@ -93,10 +93,10 @@ class MostBytes:
 
 @dataclass(frozen=True)
 class OnlyForItsBits:
-    """Never met: the strategy is there for the same bits at every batch size, not for speed."""
+    """Never met: the strategy exists for the same bits at every batch size, not for speed."""
 
     def unmet(self, site: Site) -> Reason | None:
-        """That it is slower."""
+        """The reason: it is slower."""
         return Reason(
             "measured",
             "gathering every rank's part moves more bytes than torch's all_reduce",

@@ -1,4 +1,4 @@
-"""Both sides of this backend's own requirements, for the conformance kit, which imports this by itself."""
+"""Sites on both sides of this backend's own requirements, for the conformance kit, which imports this by itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _(requirement: OnlyForItsBits, site: Site) -> Sides:
 
 @sides.register
 def _(requirement: MostBytes, site: Site) -> Sides:
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it brings sympy
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it imports sympy
 
     arg, most = requirement.arg, requirement.most
     tensor = site.inputs[arg]

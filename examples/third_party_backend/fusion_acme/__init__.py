@@ -1,4 +1,4 @@
-"""Acme's kernels as a backend of fusion_core: declarations alone."""
+"""Acme's kernels as a backend of fusion_core: only declarations."""
 
 from torch import Tensor, bfloat16, float32, nn
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fusion_core import process_group
+
 OUTPUTS = ("normed", "residual_out")
 
 
@@ -10,14 +12,14 @@ OUTPUTS = ("normed", "residual_out")
 def fused_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, group: str) -> tuple[Tensor, Tensor]:
     from fusion_acme import kernels
 
-    return kernels.all_reduce_add_rms_norm(x, residual, weight, eps, group)
+    return kernels.all_reduce_add_rms_norm(x, residual, weight, eps, process_group(group))
 
 
 @torch.library.custom_op("fusion_acme::all_reduce_add_layer_norm", mutates_args=())
 def fused_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
     from fusion_acme import kernels
 
-    return kernels.all_reduce_add_layer_norm(x, residual, weight, eps, group)
+    return kernels.all_reduce_add_layer_norm(x, residual, weight, eps, process_group(group))
 
 
 @fused_rms_norm.register_fake
@@ -28,7 +30,7 @@ def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, group: str
 
 @torch.library.custom_op("fusion_acme::layer_norm", mutates_args=())
 def layer_norm(hidden: Tensor, gamma: Tensor, epsilon: float = 1e-5) -> Tensor:
-    """What a model written for Acme calls."""
+    """The operator that a model written for Acme calls."""
     from fusion_acme import kernels
 
     return kernels.layer_norm(hidden, gamma, epsilon)

@@ -1,4 +1,4 @@
-"""The backend end to end: what a compiled model's report says, and the model's numbers."""
+"""The backend end to end: a compiled model's report, and its numbers."""
 
 import importlib.util
 import os

@@ -1,1 +1,1 @@
-"""One file for each command: a function of the file's own name."""
+"""One file for each command: it defines a function with the file's name."""

@@ -1,4 +1,4 @@
-"""``fusion-core backends``: which backends load, which can be used here, and why the others cannot."""
+"""``fusion-core backends``: which backends load and can be used here, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fusion_core.site import Device
 
 
 def backends(order: Order = None, strict: Strict = False, options: Options = None, as_json: Json = False) -> None:
-    """List the backends in the order in which they are tried, why one cannot be used on this device, what they hold."""
+    """List the backends in the order in which they are tried, their device memory, and why any cannot be used here."""
     config = make_config(order, strict, options)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: they are printed below
+        warnings.simplefilter("ignore", RuntimeWarning)  # backends that fail to load are printed below
         registry = Registry.load(config)
     device = Device.here()
     reasons = {name: registry.unavailable(name, device) for name in registry.backends}
@@ -32,7 +32,8 @@ def backends(order: Order = None, strict: Strict = False, options: Options = Non
                     {
                         "name": backend.name,
                         "distribution": backend.distribution,
-                        "strategies": len(backend.strategies),
+                        "strategies": len(backend.declared),
+                        "variants": len(backend.strategies),
                         "usable": not reasons[backend.name],
                         "reasons": [reason.to_dict() for reason in reasons[backend.name]],
                     }
@@ -46,12 +47,12 @@ def backends(order: Order = None, strict: Strict = False, options: Options = Non
         return
     if registry.backends:
         typer.echo(f"backends on {device}, in the order in which they are tried\n")
-        rows = table("backend", "from", "strategies", "usable here", right=("strategies",))
+        counted = ("strategies", "variants")
+        rows = table("backend", "from", *counted, "usable here", right=counted)
         for backend in registry.backends.values():
             why = "\n".join(map(str, reasons[backend.name]))
-            rows.add_row(
-                backend.name, backend.distribution, str(len(backend.strategies)), f"no: {why}" if why else "yes"
-            )
+            counts = str(len(backend.declared)), str(len(backend.strategies))
+            rows.add_row(backend.name, backend.distribution, *counts, f"no: {why}" if why else "yes")
         show(rows)
     else:
         typer.echo("no backend is in use (order is empty, or none loads)")

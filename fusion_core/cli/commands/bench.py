@@ -1,4 +1,4 @@
-"""``fusion-core bench``: what a user gains, their model with fusion_core and without, batch by batch."""
+"""``fusion-core bench``: the speed-up of a user's model by fusion_core at each batch size."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from typing import Annotated
 import torch.distributed as dist
 import typer
 
-from fusion_core import plotting
 from fusion_core.bench.result import Outcome
 from fusion_core.bench.shapes import SHAPES
 from fusion_core.bench.subject import BATCHES, CONTEXT, LAYERS, parse_batches, subject
 from fusion_core.cli import bench_text as text
-from fusion_core.cli import machine
+from fusion_core.cli import machine, plotting
 from fusion_core.cli.launch import launch
 from fusion_core.cli.options import Json, Options, Order, Strict, make_config
 from fusion_core.cli.output import Stages, check_can_write, print_json, show, table
@@ -44,65 +43,72 @@ def bench(
         str | None,
         typer.Argument(
             metavar="MODULE:FUNCTION",
-            help="Returns (model, args) or (model, args, kwargs); with a parameter batch, it is called for every batch "
-            "size. Also file.py:FUNCTION.",
+            help="Returns (model, args) or (model, args, kwargs); if it has a parameter batch, it is called for every "
+            "batch size. Also file.py:FUNCTION.",
             show_default=False,
         ),
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(help="Instead of a function: a decoder stack of this model's layer sizes.", show_default=False),
+        typer.Option(help="Instead of a function: a decoder stack with this model's layer sizes.", show_default=False),
     ] = None,
-    list_shapes: Annotated[bool, typer.Option("--list-shapes", help="Print the shapes, measure nothing.")] = False,
+    list_shapes: Annotated[bool, typer.Option("--list-shapes", help="Print the shapes and exit.")] = False,
     layers: Annotated[
-        int | None, typer.Option(min=1, help=f"Of the shape's stack: {LAYERS}.", show_default=False)
+        int | None, typer.Option(min=1, help=f"Layers of the shape's stack. Default: {LAYERS}.", show_default=False)
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help=f"Tokens in the shape's cache: {CONTEXT}.", show_default=False)
+        int | None,
+        typer.Option(min=1, help=f"Tokens in the shape's KV cache. Default: {CONTEXT}.", show_default=False),
     ] = None,
     batches: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help=f"Batch sizes: {','.join(map(str, BATCHES))}.", show_default=False),
+        typer.Option(metavar="A,B", help=f"Batch sizes. Default: {','.join(map(str, BATCHES))}.", show_default=False),
     ] = None,
     mode: Annotated[
         Mode | None,
-        typer.Option(help="Of torch.compile: reduce-overhead on a GPU, default on a CPU.", show_default=False),
+        typer.Option(
+            help="Mode of torch.compile. Default: reduce-overhead on a GPU, default on a CPU.", show_default=False
+        ),
     ] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="One dynamic graph for all batch sizes.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Of each side, by turns.")] = 7,
-    seconds: Annotated[float, typer.Option(min=0.001, help="That a side's calls fill in a round.")] = 0.2,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each side; the sides alternate.")] = 7,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Seconds of calls in one round of one side.")] = 0.2,
     most_difference: Annotated[
         float | None,
-        typer.Option(min=0, help="Between the results, over the largest magnitude; by dtype.", show_default=False),
+        typer.Option(
+            min=0,
+            help="Largest allowed difference between the results, over their largest magnitude. Default: by dtype.",
+            show_default=False,
+        ),
     ] = None,
     fail_below: Annotated[
-        float | None, typer.Option(metavar="GAIN", help="Exit status 1 where a gain is less.", show_default=False)
+        float | None, typer.Option(metavar="GAIN", help="Exit with status 1 if a gain is lower.", show_default=False)
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Leave out the batch sizes it has no time for.", show_default=False),
+        typer.Option(metavar="SECONDS", help="Skip batch sizes that would exceed this time.", show_default=False),
     ] = None,
     watchdog: Annotated[
         float | None,
         typer.Option(
             metavar="SECONDS",
             min=1,
-            help="End with every thread's stack where one stage takes longer.",
+            help="If one stage takes longer, print the stacks of all threads and exit.",
             show_default=False,
         ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.svg", help="Write the gains as a plot as well.", show_default=False)
+        Path | None, typer.Option(metavar="FILE.svg", help="Also write the gains as a plot.", show_default=False)
     ] = None,
     order: Order = None,
     strict: Strict = False,
     options: Options = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what fusion_core gains: a model compiled with it and without, nothing else changed, side by side.
+    """Measure how much faster fusion_core makes a model: compile it with and without, and time both side by side.
 
-    To be started by torchrun: torchrun --nproc-per-node 2 -m fusion_core bench app.py:step. Exit status 1 where the
-    results differ by more than rounding explains, or a gain is below --fail-below.
+    Start it with torchrun: torchrun --nproc-per-node 2 -m fusion_core bench app.py:step. Exit status 1 if the results
+    differ by more than rounding explains, or if a gain is below --fail-below.
     """
     began = time.monotonic()
     if list_shapes:
@@ -115,7 +121,7 @@ def bench(
         plotting.check_can_save(plot)
         check_can_write("--plot", plot)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: reports name them
+        warnings.simplefilter("ignore", RuntimeWarning)  # reports name the backends that fail to load
         registry = Registry.load(config)  # an order or option that cannot be used is an error before the model is built
     with _Progress(watchdog) as progress:
         measured = subject(function, shape, layers, context, sizes)
@@ -124,7 +130,7 @@ def bench(
                 "this is one process, in which there is nothing to reduce, needs 2 or more; "
                 "torchrun --nproc-per-node 2 -m fusion_core bench ..."
             )
-        from fusion_core.bench.run import Plan, run  # not before: it brings the compiler
+        from fusion_core.bench.run import Plan, run  # imported late: it imports the compiler
 
         mode_name = None if mode is None else mode.value
         plan = Plan(config, mode_name, dynamic, rounds, seconds, most_difference, budget, began)
@@ -177,7 +183,7 @@ def _show(outcome: Outcome, dynamic: bool, budget: float | None) -> None:
 
 
 class _Progress:
-    """What rank 0 says on stderr meanwhile, and a watchdog over every stage and what follows the last one."""
+    """Progress that rank 0 prints on stderr, and a watchdog over every stage and the time after the last one."""
 
     def __init__(self, watchdog: float | None) -> None:
         self._watchdog = watchdog
@@ -206,5 +212,5 @@ class _Progress:
         self._watch()
 
     def _watch(self) -> None:
-        if self._watchdog is not None:  # each call begins the time anew
+        if self._watchdog is not None:  # each call restarts the timer
             faulthandler.dump_traceback_later(self._watchdog, exit=True, file=2)

@@ -1,4 +1,4 @@
-"""``fusion-core demo``: the whole way on a laptop, a Hugging Face Llama in tensor-parallel processes on the CPU."""
+"""``fusion-core demo``: the whole pipeline on a laptop, with a tensor-parallel Hugging Face Llama on the CPU."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fusion_core.plugins.registry import Registry
 from fusion_core.workers import WorkerError, WorkerPool
 
 WORLD_SIZES = (2, 4, 8)
-"""Those that divide the model's heads."""
+"""World sizes that divide the model's heads."""
 TIMEOUT = 600.0
-"""Seconds that one stage may take: compiling for the first time is slow on a busy machine."""
+"""Seconds that one stage may take: the first compilation is slow on a busy machine."""
 
 
 class DType(StrEnum):
@@ -39,8 +39,8 @@ def demo(
 ) -> None:
     """Fuse a small Llama in several processes on this machine's CPU, and check it against the unfused one and float64.
 
-    Exit status 1 where fewer places are fused than the model has, where the fused model is farther from float64 than
-    the unfused one, or where the process group gets other collectives.
+    Exit status 1 if an all_reduce is not fused, if the fused model is farther from float64 than the unfused one, or if
+    the collectives differ from those of the unfused model.
     """
     if missing := [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]:
         verb = "is" if len(missing) == 1 else "are"
@@ -52,7 +52,7 @@ def demo(
     config = make_config()
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: the report names them
+        warnings.simplefilter("ignore", RuntimeWarning)  # the report names the backends that fail to load
         Registry.load(config)  # an order that cannot be used is an error before anything starts
     with Stages() as stages:
         try:
@@ -114,5 +114,5 @@ def _show(result: Result) -> None:
     show(rows)
     typer.echo(f"\nlargest difference of a logit, fused and unfused: {result.largest_difference:.3g}")
     typer.echo(f"largest logit: {result.largest_logit:.3g}")
-    typer.echo("times on a CPU say nothing of a GPU, where backends with kernels of their own come before reference")
+    typer.echo("times on a CPU do not predict those on a GPU, where backends with fused kernels come before reference")
     typer.echo(f"\n{result.verdict()}")

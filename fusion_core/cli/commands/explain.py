@@ -33,21 +33,21 @@ def explain(
     strict: Strict = False,
     options: Options = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Write the report as an HTML page as well.", show_default=False)
+        Path | None, typer.Option(metavar="PATH", help="Also write the report as an HTML page.", show_default=False)
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what would be fused in a model, by which backend, and why the rest would not: a dry run.
 
-    The model runs once, unfused. Under torchrun every rank takes part and rank 0 prints; otherwise a process group of
-    one process is there when FUNCTION is called.
+    The model runs once, unfused. Under torchrun every rank takes part and rank 0 prints. Without torchrun, FUNCTION is
+    called with a process group of one process.
     """
     config = make_config(order, strict, options)
     if html is not None:
         check_can_write("--html", html)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: the report names them
+        warnings.simplefilter("ignore", RuntimeWarning)  # the report names the backends that fail to load
         registry = Registry.load(config)  # an order or option that cannot be used is an error before the model is built
     build = find(function)
     with process_group() as rank:

@@ -1,4 +1,4 @@
-"""``fusion-core patterns``: what can be fused, and which backend can run it."""
+"""``fusion-core patterns``: the patterns that can be fused, and the backends that run them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fusion_core.plugins.support_table import support_cells, support_table
 
 
 def patterns(
-    name: Annotated[str | None, typer.Argument(help="Show one pattern whole.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="Show only this pattern, in full.", show_default=False)] = None,
     support: Annotated[
         bool,
         typer.Option("--support", help="Print which backend runs which pattern, and what it requires, as Markdown."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the patterns: what each computes, what it takes and gives."""
+    """List the patterns: what each computes, its inputs and its outputs."""
     if name is not None and support:
         raise ConfigError(f"the call has both the name {name!r} and --support, needs one of them")
     config = make_config()
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: the command backends says why
+        warnings.simplefilter("ignore", RuntimeWarning)  # the command backends shows why a backend does not load
         registry = Registry.load(config)
     if name is not None and name not in registry.patterns:
         raise PatternError(f"pattern {name!r} is unknown, needs one of {', '.join(registry.patterns)}")

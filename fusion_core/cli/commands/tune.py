@@ -1,4 +1,4 @@
-"""``fusion-core tune``: what each way to run a place costs on this machine, as a table by which places are chosen."""
+"""``fusion-core tune``: measures every strategy on this machine and writes the table by which strategies are chosen."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 LAUNCH = "torchrun --nproc-per-node 2 -m fusion_core tune"
 PATIENCE = 300.0
-"""Seconds over the budget after which the process ends itself: one point, and compiling, may take long; a hang ends."""
+"""Seconds over the budget after which the process exits. One point and its compilation may take long; a hang ends."""
 
 
 class DType(StrEnum):
@@ -50,8 +50,8 @@ def tune(
         str | None,
         typer.Option(
             metavar="A,B",
-            help="Only these, or 'all'. By default those that are most frequent in models, and those for which there "
-            "is a strategy here.",
+            help="Only these, or 'all'. Default: the most frequent in models, and those with a strategy on this "
+            "machine.",
             show_default=False,
         ),
     ] = None,
@@ -59,20 +59,20 @@ def tune(
     tokens: Annotated[
         str, typer.Option(metavar="N,M", help="Token counts; A..B for A, twice as many, and so on up to B.")
     ] = "1..16384",
-    dtype: Annotated[DType, typer.Option(help="Of what is reduced.")] = DType.bfloat16,
+    dtype: Annotated[DType, typer.Option(help="Dtype of the reduced tensor.")] = DType.bfloat16,
     budget: Annotated[
-        float, typer.Option(metavar="SECONDS", min=1, help="No further size is begun after this time.")
+        float, typer.Option(metavar="SECONDS", min=1, help="Start no further size after this time.")
     ] = 600.0,
     output: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="Write the table there instead of to your cache directory, where it is found by itself.",
+            help="Write the table there instead of to your cache directory, where fusion_core finds it.",
             show_default=False,
         ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.svg", help="Write all figures as a plot as well.", show_default=False)
+        Path | None, typer.Option(metavar="FILE.svg", help="Also write all times as a plot.", show_default=False)
     ] = None,
     order: Order = None,
     strict: Strict = False,
@@ -81,9 +81,9 @@ def tune(
 ) -> None:
     """Measure every usable strategy of every pattern against the unfused path, on this machine and number of GPUs.
 
-    To be started by torchrun, with as many processes as your models use: torchrun --nproc-per-node 2 -m fusion_core
-    tune. Writes the table by which fusion_core chooses from then on, and prints where one path takes over from another.
-    Exit status 1 where nothing could be measured.
+    Start it with torchrun, with as many processes as your models use: torchrun --nproc-per-node 2 -m fusion_core tune.
+    Writes the table by which fusion_core chooses from then on, and prints the fastest path for each range of token
+    counts. Exit status 1 if nothing could be measured.
     """
     config = make_config(order, strict, options)
     sizes, counts = numbers("hidden", hidden), numbers("tokens", tokens)
@@ -91,7 +91,7 @@ def tune(
     if launched is None or launched.rank == 0:
         check_can_keep(output, plot)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of backends that fail to load: `backends` names them
+        warnings.simplefilter("ignore", RuntimeWarning)  # `backends` names the backends that fail to load
         registry = Registry.load(config)
     asked = _named(registry, patterns)
     ours = not dist.is_initialized()
@@ -123,7 +123,7 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
     """``"1,2,8..32"`` as 1, 2, 8, 16, 32, in rising order.
 
     Raises:
-        ConfigError: for anything else, and for a number that no table takes.
+        ConfigError: for any other text, and for numbers above the limit of a table.
     """
     found: set[int] = set()
     for part in text.split(","):
@@ -139,7 +139,7 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _named(registry: Registry, text: str | None) -> list[Pattern] | None:
-    """The patterns that were asked for; None where the choice is ours."""
+    """The patterns that the user named; None if they named none."""
     if text is None:
         return None
     if text == "all":
@@ -160,9 +160,9 @@ def _measure(
     budget: float,
     rank: int,
 ) -> Tuned:
-    from fusion_core.tune.clocks import clock_for  # not before: they bring the compiler
     from fusion_core.tune.plan import Plan
     from fusion_core.tune.ranks import Ranks
+    from fusion_core.tune.timers import timer_for  # imported late: these modules import the compiler
     from fusion_core.tune.tuner import tune as run
 
     cuda = torch.cuda.is_available()
@@ -170,25 +170,25 @@ def _measure(
     ranks = Ranks()
     plan = Plan(registry, getattr(torch, dtype), device, ranks.name, ranks.size)
     chosen = plan.patterns(hidden, min(tokens)) if asked is None else plan.sorted(asked)
-    # a backend that one rank lacks must not send the others elsewhere
+    # ranks must measure the same patterns even if one of them lacks a backend
     common = set.intersection(*map(set, ranks.gather([pattern.name for pattern in chosen])))
     chosen = [pattern for pattern in chosen if pattern.name in common]
     with _Progress(len(chosen) * len(hidden) * len(tokens), rank == 0) as progress:
-        return run(plan, ranks, clock_for(ranks, device), chosen, hidden, tokens, budget, command(), progress.said)
+        return run(plan, ranks, timer_for(ranks, device), chosen, hidden, tokens, budget, command(), progress.update)
 
 
 def _leave(status: int) -> None:
-    """End this process without destroying the process group, which can wait for ever behind CUDA graphs."""
+    """Exit without destroying the process group, which can wait forever for CUDA graphs."""
     from fusion_core.tune.ranks import Ranks
 
-    Ranks().meet()  # one that ended with a failure before would have torchrun end rank 0 while it prints
+    Ranks().barrier()  # if a rank exited with a failure before this, torchrun would kill rank 0 while it prints
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 class _Progress:
-    """What rank 0 shows on stderr meanwhile: a bar in a terminal, else a line for each hidden size of a pattern."""
+    """Progress that rank 0 prints on stderr: a bar in a terminal, else a line for each pattern and hidden size."""
 
     def __init__(self, points: int, shown: bool) -> None:
         console = Console(stderr=True)
@@ -205,8 +205,8 @@ class _Progress:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def said(self, done: int, what: str) -> None:
-        """So many points are done, and this comes next."""
+    def update(self, done: int, what: str) -> None:
+        """Show that ``done`` points are done and that ``what`` is next."""
         self._bar.update(self._task, completed=done, description=what)
         block = what.rpartition(", tokens ")[0] or what
         if self._lines and block != self._last:

@@ -1,4 +1,4 @@
-"""``fusion-core verify``: the conformance kit on one backend, without pytest."""
+"""``fusion-core verify``: runs the conformance kit on one backend, without pytest."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def verify(
         str | None, typer.Option(help="Only this example of one check, as its failure prints it.")
     ] = None,
     entry_point: Annotated[
-        str | None, typer.Option(help='The plugin as "package.module:object", where no distribution names it.')
+        str | None, typer.Option(help='The plugin as "package.module:object", if no distribution registers it.')
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check that a backend keeps what its strategies promise, on this machine.
+    """Check on this machine that a backend's strategies do what they declare.
 
-    What cannot run here is skipped with its reason; with FUSION_CORE_STRICT=1 that is a failure. Exit status 1 where
-    a check fails. With --json the answer says what this machine is, and is what a report of a problem needs.
+    Checks that cannot run here are skipped with a reason; under FUSION_CORE_STRICT=1 they fail. Exit status 1 if a
+    check fails. With --json the answer also describes this machine: attach it to a bug report.
     """
     if importlib.util.find_spec("hypothesis") is None:
         raise ConfigError("hypothesis is not installed, needs the testing extra; pip install 'fusion-core[testing]'")
@@ -82,14 +82,14 @@ def verify(
 
 
 def _usable(subject: Subject) -> dict[str, Any]:
-    """Why the backend cannot be used on this machine's device, and what it holds there."""
+    """The reasons why the backend cannot be used on this machine's device, and its memory there."""
     device, registry = Device.here(), subject.registry
     reasons = [reason.to_dict() for reason in registry.unavailable(subject.backend, device)]
     return {"reasons": reasons, "status": list(machine.held(registry, subject.backend, device))}
 
 
 def _row(subject: Subject, checks: list[Check], strict: bool, only: str | None) -> dict[str, Any]:
-    """Every check's outcome for one strategy, as plain JSON types."""
+    """The outcome of every check for one strategy, as plain JSON types."""
     results = {each.name: _outcome(subject, each, strict, only) for each in checks}
     return {"strategy": subject.strategy.name, "pattern": subject.pattern.name, "checks": results}
 
@@ -125,7 +125,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
         for row in rows:
             for name, result in row["checks"].items():
                 if result["outcome"] == outcome:
-                    # what is said of several strategies alike is said once
+                    # a message that several strategies share is printed once
                     why = result["why"].removeprefix(row["strategy"]).lstrip(": ")
                     reasons.setdefault(why, {}).setdefault(name, []).append(row["strategy"])
         if reasons:

@@ -1,4 +1,4 @@
-"""How the operators of aten and prims read: one small rule for each, in terms of products of powers."""
+"""Rules that read the operators of aten and prims as products of powers, one small rule for each."""
 
 from fusion_core.lift.aten import arithmetic, casts, functions, reductions, views
 from fusion_core.lift.rules import Rules

@@ -1,4 +1,4 @@
-"""Products, powers, and constants added."""
+"""Products, powers, and sums with constants."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_core.lift.algebra import Meaning, dtype_of, one_element, same_shape, same_size, shape_of
+from fusion_core.lift.algebra import Product, dtype_of, one_element, same_shape, same_size, shape_of
 from fusion_core.lift.rules import FLOATS, Read, Rule, Rules
 from fusion_core.reason import Reason
 
@@ -16,7 +16,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 
 @RULES.reads(aten.mul.Tensor, aten.mul.Scalar, prims.mul.default)
-def _mul(node: fx.Node, read: Read) -> Meaning | Reason | None:
+def _mul(node: fx.Node, read: Read) -> Product | Reason | None:
     operands = [(argument, read(argument)) for argument in node.args[:2]]
     if dtype_of(node) not in FLOATS:
         return None
@@ -26,7 +26,7 @@ def _mul(node: fx.Node, read: Read) -> Meaning | Reason | None:
 
 
 @RULES.reads(aten.div.Tensor, aten.div.Scalar, prims.div.default)
-def _div(node: fx.Node, read: Read) -> Meaning | Reason | None:
+def _div(node: fx.Node, read: Read) -> Product | Reason | None:
     operands = [(argument, read(argument)) for argument in node.args[:2]]
     inverse = operands[1][1].power(-1.0)
     if inverse is None or node.kwargs.get("rounding_mode") or dtype_of(node) not in FLOATS:
@@ -37,13 +37,13 @@ def _div(node: fx.Node, read: Read) -> Meaning | Reason | None:
 
 
 @RULES.reads(aten.neg.default, prims.neg.default)
-def _neg(node: fx.Node, read: Read) -> Meaning | None:
-    meaning = read(node.args[0])
-    return meaning.times(Meaning.constant(-1.0), meaning.row) if dtype_of(node) in FLOATS else None
+def _neg(node: fx.Node, read: Read) -> Product | None:
+    product = read(node.args[0])
+    return product.times(Product.constant(-1.0), product.row) if dtype_of(node) in FLOATS else None
 
 
 @RULES.reads(aten.pow.Tensor_Scalar)
-def _pow(node: fx.Node, read: Read) -> Meaning | None:
+def _pow(node: fx.Node, read: Read) -> Product | None:
     exponent = node.args[1]
     if not isinstance(exponent, int | float) or dtype_of(node) not in FLOATS:
         return None
@@ -61,7 +61,7 @@ RULES.reads(aten.reciprocal.default, prims.reciprocal.default)(_power(-1.0))
 
 
 @RULES.reads(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
-def _add_constant(node: fx.Node, read: Read) -> Meaning | Reason | None:
+def _add_constant(node: fx.Node, read: Read) -> Product | Reason | None:
     left, right = read(node.args[0]), read(node.args[1])
     scale = node.kwargs.get("alpha", 1)
     if not isinstance(scale, int | float) or dtype_of(node) not in FLOATS:
@@ -71,9 +71,9 @@ def _add_constant(node: fx.Node, read: Read) -> Meaning | Reason | None:
     if right.is_constant and not left.is_constant and _same_form(node.args[0], node):
         return left.plus(scale * right.coefficient)
     if left.is_constant and not right.is_constant and _same_form(node.args[1], node):
-        return right.times(Meaning.constant(scale), right.row).plus(left.coefficient)
-    for meaning, other in ((left, node.args[1]), (right, node.args[0])):
-        if meaning.row is not None and isinstance(other, fx.Node) and one_element(other):
+        return right.times(Product.constant(scale), right.row).plus(left.coefficient)
+    for product, other in ((left, node.args[1]), (right, node.args[0])):
+        if product.row is not None and isinstance(other, fx.Node) and one_element(other):
             found = f"{other.name}, which {node.name} adds, is known only at run time"
             hint = (
                 "dynamic=True, or two models that differ in it, make Dynamo pass it in: "
@@ -87,18 +87,18 @@ def _same_form(operand: Any, node: fx.Node) -> bool:
     return isinstance(operand, fx.Node) and same_shape(shape_of(operand), shape_of(node))
 
 
-def _broadcast(node: fx.Node, operands: list[tuple[Any, Meaning]]) -> Reason | None:
-    """Why an operand is not broadcast as its meaning says."""
-    for operand, meaning in operands:
-        if not _aligned(operand, meaning, node):
+def _broadcast(node: fx.Node, operands: list[tuple[Any, Product]]) -> Reason | None:
+    """The reason if an operand is not broadcast as its product is, else None."""
+    for operand, product in operands:
+        if not _aligned(operand, product, node):
             shape = ", ".join(map(str, shape_of(operand)))
             found = f"{operand.name}, of shape [{shape}], is broadcast by {node.name}"
             return Reason("factor", found, "a norm's root, one element, or a vector along the last dimension")
     return None
 
 
-def _aligned(operand: Any, meaning: Meaning, out: fx.Node) -> bool:
-    """Whether an operand is broadcast as its meaning says: not at all, per row, or along the last dimension."""
+def _aligned(operand: Any, product: Product, out: fx.Node) -> bool:
+    """Whether an operand is broadcast as its product is: not at all, per row, or along the last dimension."""
     if not isinstance(operand, fx.Node):
         return True
     shape, target = shape_of(operand), shape_of(out)
@@ -106,8 +106,8 @@ def _aligned(operand: Any, meaning: Meaning, out: fx.Node) -> bool:
         return True
     if same_shape(shape, target):
         return True
-    if meaning.row is not None:
-        return meaning.row and len(shape) > 0 and same_size(shape[-1], 1) and _rows_match(shape[:-1], target[:-1])
+    if product.row is not None:
+        return product.row and len(shape) > 0 and same_size(shape[-1], 1) and _rows_match(shape[:-1], target[:-1])
     return same_size(shape[-1], target[-1]) and all(same_size(size, 1) for size in shape[:-1])
 
 
@@ -120,7 +120,7 @@ def _rows_match(rows: tuple[Any, ...], target: tuple[Any, ...]) -> bool:
     )
 
 
-def _row(out: fx.Node, *operands: tuple[Any, Meaning]) -> bool | None:
-    """Whether the result is one value per row: where every operand is, or is a number."""
-    rows = {meaning.row for operand, meaning in operands if not meaning.is_constant}
+def _row(out: fx.Node, *operands: tuple[Any, Product]) -> bool | None:
+    """The ``row`` of a result: that of all operands that are not numbers, or None if they differ."""
+    rows = {product.row for operand, product in operands if not product.is_constant}
     return rows.pop() if len(rows) == 1 else None

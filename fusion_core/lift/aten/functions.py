@@ -1,4 +1,4 @@
-"""Magnitudes, bounds and powers of two: what quantisation does to values and to scales."""
+"""Magnitudes, bounds and powers of two: the operations of quantisation on values and scales."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_core.lift.algebra import Function, Meaning, dtype_of, same_shape, shape_of
+from fusion_core.lift.algebra import Function, Product, dtype_of, same_shape, shape_of
 from fusion_core.lift.rules import FLOATS, Read, Rules
 from fusion_core.reason import Reason
 
@@ -16,7 +16,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 
 @RULES.reads(aten.abs.default)
-def _abs(node: fx.Node, read: Read) -> Meaning | None:
+def _abs(node: fx.Node, read: Read) -> Product | None:
     return read(node.args[0]).absolute() if dtype_of(node) in FLOATS else None
 
 
@@ -24,12 +24,12 @@ def _abs(node: fx.Node, read: Read) -> Meaning | None:
     aten.clamp_min.default, aten.clamp_max.default, aten.clamp_min.Tensor, aten.clamp_max.Tensor,
     aten.maximum.default, aten.minimum.default,
 )  # fmt: skip
-def _bound(node: fx.Node, read: Read) -> Meaning | None:
+def _bound(node: fx.Node, read: Read) -> Product | None:
     name = "at_least" if node.target in _MAXIMA else "at_most"
     for operand, bound in (node.args[:2], node.args[1::-1]):
-        meaning, limit = read(operand), read(bound)
-        if limit.is_constant and not meaning.is_constant and _same_form(operand, node):
-            return meaning.bounded(name, limit.coefficient)
+        product, limit = read(operand), read(bound)
+        if limit.is_constant and not product.is_constant and _same_form(operand, node):
+            return product.bounded(name, limit.coefficient)
     return None
 
 
@@ -37,27 +37,27 @@ _MAXIMA = (aten.clamp_min.default, aten.clamp_min.Tensor, aten.maximum.default)
 
 
 @RULES.reads(aten.clamp.default)
-def _clamp(node: fx.Node, read: Read) -> Meaning | None:
-    meaning: Meaning | None = read(node.args[0])
+def _clamp(node: fx.Node, read: Read) -> Product | None:
+    product: Product | None = read(node.args[0])
     bounds = (*node.args[1:], *([None] * (3 - len(node.args))))
     for name, keyword, bound in zip(("at_least", "at_most"), ("min", "max"), bounds, strict=True):
         limit = node.kwargs.get(keyword, bound)
         if limit is None:
             continue
-        if meaning is None or not isinstance(limit, int | float):
+        if product is None or not isinstance(limit, int | float):
             return None
-        meaning = meaning.bounded(name, float(limit))
-    return meaning if dtype_of(node) in FLOATS else None
+        product = product.bounded(name, float(limit))
+    return product if dtype_of(node) in FLOATS else None
 
 
 @RULES.reads(aten.log2.default)
-def _log2(node: fx.Node, read: Read) -> Meaning | None:
-    return read(node.args[0]).through("log2") if dtype_of(node) in FLOATS else None
+def _log2(node: fx.Node, read: Read) -> Product | None:
+    return read(node.args[0]).apply("log2") if dtype_of(node) in FLOATS else None
 
 
 @RULES.reads(aten.ceil.default)
-def _ceil(node: fx.Node, read: Read) -> Meaning | None:
-    return read(node.args[0]).through("ceil") if dtype_of(node) in FLOATS else None
+def _ceil(node: fx.Node, read: Read) -> Product | None:
+    return read(node.args[0]).apply("ceil") if dtype_of(node) in FLOATS else None
 
 
 @RULES.reads(aten.floor.default, aten.round.default)
@@ -66,35 +66,35 @@ def _rounding(node: fx.Node, read: Read) -> Reason:
 
 
 @RULES.reads(aten.exp2.default)
-def _exp2(node: fx.Node, read: Read) -> Meaning | None:
+def _exp2(node: fx.Node, read: Read) -> Product | None:
     return _power_of_two(read(node.args[0]))
 
 
 @RULES.reads(aten.pow.Scalar)
-def _pow_of_number(node: fx.Node, read: Read) -> Meaning | None:
+def _pow_of_number(node: fx.Node, read: Read) -> Product | None:
     return _power_of_two(read(node.args[1])) if node.args[0] == 2 else None
 
 
-def _power_of_two(exponent: Meaning) -> Meaning | None:
-    """``2**ceil(log2(t))`` is the least power of two that is not below ``t``."""
-    if exponent.coefficient != 1.0 or not isinstance(ceil := exponent.sole, Function) or ceil.name != "ceil":
+def _power_of_two(exponent: Product) -> Product | None:
+    """``2**ceil(log2(t))``: ``t`` rounded up to a power of two."""
+    if exponent.coefficient != 1.0 or not isinstance(ceil := exponent.single_factor, Function) or ceil.name != "ceil":
         return None
-    if ceil.term.coefficient != 1.0 or not isinstance(log2 := ceil.term.sole, Function) or log2.name != "log2":
+    if ceil.term.coefficient != 1.0 or not isinstance(log2 := ceil.term.single_factor, Function) or log2.name != "log2":
         return None
-    return log2.term.through("power_of_two_above")
+    return log2.term.apply("power_of_two_above")
 
 
 @RULES.reads(aten.where.self)
-def _where(node: fx.Node, read: Read) -> Meaning | None:
-    """``where(t == 0, 1, t)``, and the same where ``t`` is smaller than any normal number."""
+def _where(node: fx.Node, read: Read) -> Product | None:
+    """``where(t == 0, 1, t)``, and the same with ``t`` below any normal number."""
     condition, one, other = node.args
     if not isinstance(condition, fx.Node) or condition.target not in _SMALL or not _same_form(other, node):
         return None
-    meaning, limit = read(other), read(condition.args[1])
-    fits = read(condition.args[0]) == meaning and read(one) == Meaning.constant(1.0)
-    if not fits or not limit.is_constant or not 0 <= limit.coefficient <= _SMALLEST_NORMAL or meaning.is_constant:
+    product, limit = read(other), read(condition.args[1])
+    fits = read(condition.args[0]) == product and read(one) == Product.constant(1.0)
+    if not fits or not limit.is_constant or not 0 <= limit.coefficient <= _SMALLEST_NORMAL or product.is_constant:
         return None
-    return meaning.through("one_if_zero")
+    return product.apply("one_if_zero")
 
 
 _SMALL = (aten.eq.Scalar, aten.le.Scalar, aten.lt.Scalar)

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from fusion_core.lift.algebra import Function, Meaning, MeanSquare, Of, dtype_of, one_element, shape_of
+from fusion_core.lift.algebra import Function, Leaf, MeanSquare, Product, dtype_of, one_element, shape_of
 from fusion_core.lift.rules import FLOATS, Read, Rules
 from fusion_core.reason import Reason
 
@@ -16,52 +16,52 @@ aten = torch.ops.aten
 
 
 @RULES.reads(aten.mean.dim, aten.mean.default)
-def _mean(node: fx.Node, read: Read) -> Meaning | Reason | None:
+def _mean(node: fx.Node, read: Read) -> Product | Reason | None:
     return _elsewhere(node, "mean") or _mean_square(node, read, 1.0)
 
 
 @RULES.reads(aten.sum.dim_IntList)
-def _sum(node: fx.Node, read: Read) -> Meaning | Reason | None:
+def _sum(node: fx.Node, read: Read) -> Product | Reason | None:
     size = shape_of(node.args[0])[-1:] if isinstance(node.args[0], fx.Node) else ()
     if not size or not isinstance(size[0], int) or _elsewhere(node, "sum"):
         return None
-    meaning = _mean_square(node, read, float(size[0]))
-    return meaning if isinstance(meaning, Meaning) else None  # sums are many; few of them mean a norm
+    product = _mean_square(node, read, float(size[0]))
+    return product if isinstance(product, Product) else None  # most sums are no norm: report no near miss
 
 
-def _mean_square(node: fx.Node, read: Read, count: float) -> Meaning | Reason | None:
+def _mean_square(node: fx.Node, read: Read, count: float) -> Product | Reason | None:
     operand = node.args[0]
     assert isinstance(operand, fx.Node)
-    meaning = read(operand)
-    if dtype_of(node) not in FLOATS or meaning.row is not None:
+    product = read(operand)
+    if dtype_of(node) not in FLOATS or product.row is not None:
         return None
-    if len(meaning.factors) != 1:
-        scale = next((a.node for a, _ in meaning.factors if isinstance(a, Of) and one_element(a.node)), None)
+    if len(product.factors) != 1:
+        scale = next((a.node for a, _ in product.factors if isinstance(a, Leaf) and one_element(a.node)), None)
         if scale is None:
             return None
         found = f"{node.name} is a mean of squares of what is scaled by {scale.name}"
         return Reason("scaled", found, "the sum as it is")
-    ((atom, exponent),) = meaning.factors
+    ((atom, exponent),) = product.factors
     if isinstance(atom, Function) and atom.name == "abs" and exponent == 1:
         return Reason("mean", f"{node.name} is a mean of |x|", "a mean of squares")
-    if not isinstance(atom, Of) and not (isinstance(atom, Function) and atom.name == "abs"):
+    if not isinstance(atom, Leaf) and not (isinstance(atom, Function) and atom.name == "abs"):
         return None
-    if exponent != 2.0 or not isinstance(atom, Of):
+    if exponent != 2.0 or not isinstance(atom, Leaf):
         what = "of the values themselves, as LayerNorm takes it" if exponent == 1 else f"of powers of {exponent:g}"
         return Reason("mean", f"{node.name} is a mean {what}", "a mean of squares")
-    if meaning.coefficient not in (1.0, 1.0 / count):
-        found = f"{node.name} is a mean of squares of {atom.node} scaled by {abs(meaning.coefficient) ** 0.5:g}"
+    if product.coefficient not in (1.0, 1.0 / count):
+        found = f"{node.name} is a mean of squares of {atom.node} scaled by {abs(product.coefficient) ** 0.5:g}"
         return Reason("scaled", found, "the sum as it is")
-    return Meaning(frozenset({(MeanSquare(atom.node), 1.0)}), count * meaning.coefficient, _keeps(node))
+    return Product(frozenset({(MeanSquare(atom.node), 1.0)}), count * product.coefficient, _keeps(node))
 
 
 @RULES.reads(aten.amax.default, aten.max.default)
-def _amax(node: fx.Node, read: Read) -> Meaning | Reason | None:
+def _amax(node: fx.Node, read: Read) -> Product | Reason | None:
     return _elsewhere(node, "maximum") or _maximum(node, node, read)
 
 
 @RULES.reads(operator.getitem)
-def _part(node: fx.Node, read: Read) -> Meaning | Reason | None:
+def _part(node: fx.Node, read: Read) -> Product | Reason | None:
     whole, index = node.args
     if not isinstance(whole, fx.Node):
         return None
@@ -74,19 +74,19 @@ def _part(node: fx.Node, read: Read) -> Meaning | Reason | None:
     return None
 
 
-def _maximum(node: fx.Node, reduction: fx.Node, read: Read) -> Meaning | Reason | None:
-    meaning = read(reduction.args[0])
-    if dtype_of(node) not in FLOATS or meaning.row is not None or meaning.coefficient <= 0:
+def _maximum(node: fx.Node, reduction: fx.Node, read: Read) -> Product | Reason | None:
+    product = read(reduction.args[0])
+    if dtype_of(node) not in FLOATS or product.row is not None or product.coefficient <= 0:
         return None
-    atom = meaning.sole
+    atom = product.single_factor
     if not isinstance(atom, Function) or atom.name != "abs":
-        of = "the values themselves" if meaning.multiple is not None else "a function of the values"
+        of = "the values themselves" if product.multiple is not None else "a function of the values"
         return Reason("maximum", f"{node.name} is a maximum of {of}", "one of their magnitudes")
-    return Meaning(frozenset({(Function("abs_max", atom.term), 1.0)}), meaning.coefficient, _keeps(reduction))
+    return Product(frozenset({(Function("abs_max", atom.term), 1.0)}), product.coefficient, _keeps(reduction))
 
 
 def _elsewhere(node: fx.Node, name: str) -> Reason | None:
-    """Why a reduction is not one over the last dimension alone."""
+    """The reason if a reduction is not over the last dimension only, else None."""
     operand, dims = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     assert isinstance(operand, fx.Node)
     last = len(shape_of(operand)) - 1

@@ -1,12 +1,12 @@
-"""How FlashInfer's operators read, and those of vLLM that wrap them.
+"""Readings of FlashInfer's operators, and of vLLM's operators that wrap them.
 
 Schemas and meanings as of FlashInfer 0.7.2 (``flashinfer/quantization/fp4_quantization.py``, and what that calls:
 ``cvt_warp_fp16_to_fp4`` in ``quantization_utils.cuh``) and of vLLM's ``vllm/utils/flashinfer.py``. All of them are
 functional.
 
-``flashinfer::fp4_quantize`` is the one quantiser that FlashInfer registers with torch. What its sources mark as
-``flashinfer::rmsnorm``, ``flashinfer::fp4_quantize_sm100`` and so on is marked by a decorator that does nothing, so
-that no graph holds it.
+``flashinfer::fp4_quantize`` is the only quantiser that FlashInfer registers with torch. Its sources mark
+``flashinfer::rmsnorm``, ``flashinfer::fp4_quantize_sm100`` and others with a decorator that does nothing, so no graph
+contains them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fusion_core.reason import Reason
 from fusion_core.site import TensorMeta
 
 FOUR_OVER_SIX = "FLASHINFER_NVFP4_4OVER6"
-"""The environment variable by which FlashInfer chooses a scale for each block by its error, unless a caller decides."""
+"""The environment variable that makes FlashInfer choose each block's scale by its error, unless the caller decides."""
 
 
 def four_over_six() -> bool:
-    """Whether FlashInfer's environment asks for that."""
+    """Whether the environment variable is set."""
     return os.environ.get(FOUR_OVER_SIX) == "1"
 
 
 def amax_over_six(code: int) -> Reason | None:
-    """Why a block's scale is not its maximum divided by 6. Codes: -1 for the environment's choice, 0 for this rule."""
+    """The reason if a block's scale is not its maximum over 6, else None. Code 0 is that rule, -1 the environment's."""
     if code == 0 or (code == -1 and not four_over_six()):
         return None
     found = f"{FOUR_OVER_SIX} is 1" if code == -1 else f"nvfp4_4over6_code is {code}"
@@ -38,21 +38,21 @@ def amax_over_six(code: int) -> Reason | None:
 
 
 def nvfp4_scale_layout(is_swizzled: bool, is_8x4: bool) -> str | Reason:
-    """The layout of block scales; tiles of 8 by 4 have no name in the vocabulary."""
+    """The layout of block scales, or a reason: the vocabulary has no tiles of 8 by 4."""
     if is_swizzled and is_8x4:
         return Reason("scale_layout", "block scales are swizzled in tiles of 8x4", "swizzled_128x4 or linear")
     return "swizzled_128x4" if is_swizzled else "linear"
 
 
 def is_row_major(x: TensorMeta) -> Reason | None:
-    """Why an input would be quantised along another dimension: FlashInfer transposes a column-major one."""
+    """The reason if an input would be quantised along another dimension: FlashInfer transposes a column-major one."""
     if x.stride is None or len(x.stride) < 2 or not same_size(x.stride[-2], 1):
         return None
     return Reason("strides", f"the operator quantises {x} with strides {x.stride}", "row-major strides", "x")
 
 
-# One operator, NVFP4 or MXFP4 by its arguments: each reading stands where the other is refused. Block scales are bytes,
-# uint8, whatever they mean.
+# One operator for NVFP4 and MXFP4, by its arguments: each reading applies where the other is refused. Block scales are
+# always uint8.
 FP4 = {
     "flashinfer::fp4_quantize": (
         Reading(

@@ -1,4 +1,4 @@
-"""What readings of quantising operators derive from their arguments."""
+"""Derived operands and checks for readings of quantising operators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fusion_core.vocabulary.fp8 import FLOAT8
 
 
 def fp8_dtype(output: TensorMeta | torch.dtype) -> torch.dtype | Reason:
-    """The FP8 dtype of an output; the same operators quantise to int8 too."""
+    """The FP8 dtype of an output, or a reason: the same operators also quantise to int8."""
     dtype = output.dtype if isinstance(output, TensorMeta) else output
     if dtype in FLOAT8:
         return dtype
@@ -19,14 +19,14 @@ def fp8_dtype(output: TensorMeta | torch.dtype) -> torch.dtype | Reason:
 
 
 def one_scale(scale: TensorMeta) -> Reason | None:
-    """Why a scale is not one float32 for the whole tensor."""
+    """The reason if a scale is not one float32 for the whole tensor, else None."""
     if scale.dtype == torch.float32 and all(isinstance(size, int) and size == 1 for size in scale.shape):
         return None
     return Reason("scale", f"the scale is {scale}", "one float32", "scale")
 
 
 def one_global_scale(scale: TensorMeta | None) -> Reason | None:
-    """Why a global scale is not one float32; FlashInfer takes one for each token as well."""
+    """The reason if a global scale is not one float32, else None; FlashInfer also accepts one per token."""
     if scale is None:
         return Reason("global_scale", "the operator has no global scale", "one float32", "global_scale")
     return one_scale(scale)
@@ -38,7 +38,7 @@ def swizzled_or_linear(is_swizzled: bool) -> str:
 
 
 def group_scale_layout(scale: TensorMeta) -> str | Reason:
-    """The layout of float32 group scales ``(tokens, groups)``, told from their strides."""
+    """The layout of float32 group scales ``(tokens, groups)``, from their strides."""
     if len(scale.shape) == 2 and scale.stride is not None:
         tokens, groups = scale.shape
         if same_shape(scale.stride, (groups, 1)):

@@ -1,11 +1,11 @@
-"""How the operators read that torchao quantises activations with: its own, and those of MSLK that it calls.
+"""Readings of the operators by which torchao quantises activations: its own, and those of MSLK that it calls.
 
 Schemas and meanings as of torchao 0.18 (``quantization/quant_primitives.py``, ``prototype/mx_formats/kernels.py``) and
 MSLK 1.2 (``mslk/quantize/triton/fp8_quantize.py``, ``quantize_kernels/nvfp4.py``). All of them are functional.
 
-Most of torchao needs no reading. What it writes in plain torch, and its operators that torch always takes apart
-(``torchao::choose_scale_float8``), are plain torch in the graph; its Triton operators
-(``torchao::triton_fp8_blockwise_act_quant_lhs``) are kernels in the graph, which nothing here can read.
+Most of torchao needs no reading. Its code in plain torch, and its operators that torch always decomposes
+(``torchao::choose_scale_float8``), are plain torch in the graph. Its Triton operators
+(``torchao::triton_fp8_blockwise_act_quant_lhs``) are kernels in the graph, which cannot be read.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from fusion_core.reason import Reason
 from fusion_core.site import TensorMeta
 
 SMALLEST_MAXIMUM = 1e-12
-"""What MSLK takes for the least maximum of a row where its caller asks for none (``get_fp8_constants``)."""
+"""MSLK's least maximum of a row if the caller chooses none (``get_fp8_constants``)."""
 
 
 def least_row_scale(eps: float | None, output: TensorMeta) -> float | None:
-    """The least scale where a row's maximum is at least ``eps``; None for the word's own, which is MSLK's default."""
+    """The least scale if a row's maximum is at least ``eps``; None for the word's own, which is MSLK's default."""
     if eps == 1 / 512 or not output.dtype.is_floating_point:
         return None
     return (SMALLEST_MAXIMUM if eps is None else eps) / torch.finfo(output.dtype).max
 
 
 def is_matrix(x: TensorMeta) -> Reason | None:
-    """Why scales are laid out in another shape than the word's: MSLK gives them the leading dimensions of ``x``."""
+    """The reason if scales have another shape than the word's: MSLK's have the leading dimensions of ``x``."""
     return None if len(x.shape) == 2 else Reason("x", f"the operator quantises {x}", "two dimensions", "x")
 
 
 STATIC: dict[str, Reading] = {
-    # float8_dtype's default is a number in the schema, and what is given equal to it is dropped from the graph: the
-    # dtype is that of the result.
+    # The schema's default of float8_dtype is a number, and the graph omits an argument equal to the default. So the
+    # dtype is read from the result.
     "torchao::quantize_affine_float8_non_decomposed": Reading(
         "quantize_static_fp8",
         {"x": "tensor", "scale": "scale", "dtype": Derived(fp8_dtype, 0)},
@@ -48,8 +48,8 @@ STATIC: dict[str, Reading] = {
 }
 
 ROWS: dict[str, Reading | Refusal] = {
-    # The Triton kernel, which every GPU takes; the scales have no trailing dimension. Rows that end early
-    # (zero_start_index_M) and padded ones (align_rows_to) are not read.
+    # The Triton kernel for every GPU; the scales have no trailing dimension. Rows that end early (zero_start_index_M)
+    # and padded ones (align_rows_to) are not read.
     "triton::quantize_fp8_row": Reading(
         "quantize_token_fp8",
         {"x": "a", "dtype": Derived(fp8_dtype, 0), "min_scale": Derived(least_row_scale, "eps_opt", 0)},
@@ -69,9 +69,9 @@ ROWS: dict[str, Reading | Refusal] = {
 }
 
 NVFP4: dict[str, Reading | Refusal] = {
-    # The global scale is a multiplier: torchao gives the reciprocal of its per_tensor_scale. Block scales are at least
-    # 2**-9, the least above 0 in E4M3: a block below two millionths of the tensor's largest value may keep codes that
-    # the word makes 0.
+    # The global scale is a multiplier: torchao passes the reciprocal of its per_tensor_scale. Block scales are at least
+    # 2**-9, E4M3's least number above 0: a block below two millionths of the tensor's largest value may keep codes
+    # that are 0 by the word's definition.
     "ao::mslk_quantize_nvfp4": Reading(
         "quantize_nvfp4",
         {"x": "x", "global_scale": "global_scale"},

@@ -1,8 +1,8 @@
-"""How vLLM's operators read: its all_reduce, norms and quantisers, and the norms that it fused already.
+"""Readings of vLLM's operators: its all_reduce, norms, quantisers and fused norms.
 
 Schemas and meanings as of vLLM 0.33: ``vllm/ir/ops/layernorm.py``, ``csrc/libtorch_stable`` (``layernorm_*``,
-``quantization/``), ``vllm/_aiter_ops.py``, ``vllm/model_executor/layers/quantization/utils/fp8_utils.py``. All of them
-write into buffers of their caller, unless noted; the names of those are in ``results``.
+``quantization/``), ``vllm/_aiter_ops.py``, ``vllm/model_executor/layers/quantization/utils/fp8_utils.py``. They write
+into buffers of the caller, named in ``results``, unless marked functional.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from fusion_core.reason import Reason
 from fusion_core.site import TensorMeta
 
 EPS = 1e-10
-"""What vLLM's Triton and AITER's group quantiser take for the least maximum; their callers cannot choose it."""
+"""The least maximum in vLLM's Triton and AITER's group quantisers; callers cannot choose it."""
 
 
-# ---- what follows from arguments
+# ---- operands derived from arguments
 
 
 def weight_is_a_vector(weight: TensorMeta | None) -> Reason | None:
-    """Why a norm's weight is not one factor for each column."""
+    """The reason if a norm's weight is not one factor per column, else None."""
     if weight is None or len(weight.shape) == 1:
         return None
     return Reason("weight", f"the norm's weight is {weight}", "one dimension", "weight")
 
 
 def sum_dtype(x: TensorMeta, residual: TensorMeta) -> torch.dtype | None:
-    """The dtype of a fused add: that of ``x``, None where that is torch's own promotion."""
+    """The dtype of a fused add: that of ``x``, or None if torch's promotion gives the same."""
     return None if torch.promote_types(x.dtype, residual.dtype) == x.dtype else x.dtype
 
 
@@ -41,21 +41,21 @@ def fp8_max(output: TensorMeta) -> float | None:
 
 
 def given_fp8_max(output: TensorMeta, low: float, high: float) -> float | Reason | None:
-    """The largest magnitude where a caller gives it, None for the dtype's own."""
+    """The largest magnitude that the caller chose; None for the dtype's own."""
     if low != -high:
         return Reason("fp8_min", f"the codes lie between {low} and {high}", "symmetric bounds", "fp8_min")
     return None if output.dtype.is_floating_point and high == torch.finfo(output.dtype).max else high
 
 
 def least_group_scale(eps: float, high: float, is_ue8m0: bool) -> float | None:
-    """The least scale where a maximum is at least ``eps``; None for the word's own."""
+    """The least scale if a maximum is at least ``eps``; None for the word's own."""
     # csrc/…/per_token_group_quant.cu: absmax starts at eps; a UE8M0 scale is at least 1e-10 before it is rounded up
     least = max(eps / high, 1e-10) if is_ue8m0 else eps / high
     return None if is_ue8m0 and least == 1e-10 else least
 
 
 def least_packed_scale(eps: float, high: float) -> float | None:
-    """The same for packed UE8M0 scales."""
+    """`least_group_scale` for packed UE8M0 scales."""
     return least_group_scale(eps, high, True)
 
 
@@ -75,20 +75,20 @@ def ue8m0_or_float32(is_ue8m0: bool) -> str:
 
 
 def transposed_scale_layout(scale: TensorMeta, is_transposed: bool) -> str | Reason:
-    """The layout of group scales where a flag decides how they are written, whatever their strides say."""
+    """The layout of group scales for an operator that writes them by a flag and ignores their strides."""
     layout = group_scale_layout(scale)
     written = "column_major" if is_transposed else "row_major"
-    if isinstance(layout, Reason) or layout == written or 1 in scale.shape:  # one row lies in memory as one column does
+    if isinstance(layout, Reason) or layout == written or 1 in scale.shape:  # one row has the same memory as one column
         return layout
     found = f"the scales are {layout} by their strides, and written {written}"
-    return Reason("scale_layout", found, "strides as is_scale_transposed says", "scale")
+    return Reason("scale_layout", found, "strides that match is_scale_transposed", "scale")
 
 
-# ---- words that several operators share
+# ---- words common to several operators
 
 
 def norm(x: str | Earlier, normed: int | str | None, *, of_unrounded_sum: bool = False) -> Reading:
-    """An RMSNorm. It rounds ``x * rsqrt(...)`` to the weight's dtype before it multiplies."""
+    """An RMSNorm that rounds ``x * rsqrt(...)`` to the weight's dtype before it multiplies by the weight."""
     unrounded = {"norm_of_unrounded_sum": True} if of_unrounded_sum else {}
     return Reading(
         "rms_norm",
@@ -107,7 +107,7 @@ def add(x: str, residual: str, total: int | str, when: str | None = None) -> Rea
 
 
 def static_fp8(x: str | Earlier, *needs: Only | Check) -> Reading:
-    """FP8 with one scale that the caller gives."""
+    """FP8 with one scale from the caller."""
     return Reading(
         "quantize_static_fp8",
         {"x": x, "scale": "scale", "dtype": Derived(fp8_dtype, "result"), "fp8_max": Derived(fp8_max, "result")},
@@ -128,7 +128,7 @@ def token_fp8(x: str | Earlier) -> Reading:
 
 
 def nvfp4(quantized: int | str, scale: int | str) -> Reading:
-    """NVFP4, its scale a multiplier. Swizzled block scales are stored as int32, four to one, linear ones as uint8."""
+    """NVFP4; the scale is a multiplier. Swizzled block scales are stored four to an int32, linear ones as uint8."""
     return Reading(
         "quantize_nvfp4",
         {
@@ -227,8 +227,8 @@ QUANTISERS: dict[str, Read] = {
         },
         {"fp8_max": None, "scale_format": "float32", "scale_layout": "row_major"},
         {"quantized": 0, "scale": 1},
-        # AITER's quantiser has groups of 128, whatever is asked for. Transposed scales, which the reading does not
-        # name, have bytes in another order than their strides say.
+        # AITER's quantiser always uses groups of 128. Transposed scales, which the reading does not account for, are
+        # written in another order than their strides.
         needs=(Only("group_size", 128),),
     ),
     "vllm::rocm_aiter_per_token_quant": Reading(  # functional; scale must be None
@@ -272,5 +272,5 @@ FUSED: dict[str, Read] = {
     ),
 }
 
-# vllm::rocm_unquantized_gemm, which an indexer feeds with the norm, is a user like any other: it needs no reading
+# vllm::rocm_unquantized_gemm, to which an indexer passes the norm, needs no reading: it is a user like any other
 DIALECT = Dialect("vllm", {**COLLECTIVES, **NORMS, **QUANTISERS, **FUSED}, state=torch_groups)

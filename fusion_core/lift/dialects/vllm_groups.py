@@ -1,8 +1,8 @@
 """vLLM's names for process groups.
 
-vLLM's collectives take a name of its own (``"tp:0"``), a key of a registry of weak references to its coordinators, each
-of which holds torch's group. Source: ``vllm/distributed/parallel_state.py``, ``_groups`` and ``GroupCoordinator``. vLLM
-is never imported for it: where a graph has its operators, it is loaded.
+vLLM's collectives take vLLM's own name of a group (``"tp:0"``), the key of a registry of weak references to its
+coordinators, each of which has torch's group. Source: ``vllm/distributed/parallel_state.py``, ``_groups`` and
+``GroupCoordinator``. vLLM is not imported here: if a graph has its operators, it is already loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MODULE = "vllm.distributed.parallel_state"
 
 
 def torch_group(name: object) -> str | Reason:
-    """The name by which torch knows the group that vLLM calls ``name``."""
+    """Torch's name of the group that vLLM calls ``name``, or a reason."""
     known = torch_groups()
     if isinstance(name, str) and name in known:
         return known[name]
@@ -24,7 +24,7 @@ def torch_group(name: object) -> str | Reason:
 
 
 def torch_groups() -> dict[str, str]:
-    """VLLM's name for each of its groups that are alive → torch's."""
+    """VLLM's name of each of its live groups → torch's name."""
     groups = getattr(sys.modules.get(_MODULE), "_groups", {})
     coordinators = {str(name): reference() for name, reference in groups.items()}
     found = {name: getattr(coordinator, "device_group", None) for name, coordinator in coordinators.items()}

@@ -170,16 +170,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def config(name: str) -> Any:
+def config(name: str, **settings: Any) -> Any:
     """The configuration of a small model of one family."""
     family = FAMILIES[name]
-    return getattr(transformers, family.config)(**{**SIZES, **family.settings})
+    return getattr(transformers, family.config)(**{**SIZES, **family.settings, **settings})
 
 
-def save(name: str, folder: Path) -> Path:
+def save(name: str, folder: Path, **settings: Any) -> Path:
     """A checkpoint of one family in float32, with weights that are the same on every call."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config(name))
+    model = transformers.AutoModelForCausalLM.from_config(config(name, **settings))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:  # initial weights are ones, so a norm without its weight would pass
@@ -224,14 +224,15 @@ def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
 
 def row(name: str, report: Mapping[str, Any]) -> str:
     """One line of the table."""
-    sites = report["sites"]
+    sites = [site for site in report["sites"] if site["collective"] == "all_reduce"]
+    parts = Counter(spelled(site) for site in report["sites"] if site["collective"] != "all_reduce")
     model = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config(name))].__name__
     per_layer, embedding = divmod(len(sites), LAYERS)
     total = f"{per_layer} a layer" + (f" + {embedding}" if embedding else "")
     if gone := sum(len(merge["nodes"]) - 1 for merge in report["merges"] if not merge["reasons"]):
         total += f", merged from {len(sites) + gone}"
     longer = Counter(spelled(site) for site in sites if site["pattern"] != "all_reduce")
-    patterns = ", ".join(f"{count} {pattern}" for pattern, count in longer.items())
+    patterns = ", ".join(f"{count} {pattern}" for pattern, count in (longer + parts).items())
     alone = len(sites) - longer.total()
     return f"| `{model}` | {len(sites)} = {total} | {patterns} | {f'{alone}: {FAMILIES[name].why}' if alone else ''} |"
 

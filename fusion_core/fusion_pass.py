@@ -111,6 +111,7 @@ class FusionPass(CustomGraphPass):
         common = self._agreed(groups)
         if self.dry_run:  # rewrite a copy, so that every rewrite in the report has been done once
             graph = _copy(graph)
+            gathers = Gathers(graph)
         left = self.config.limit
         merges: tuple[Merge, ...] = ()
         if self.registry.backends:

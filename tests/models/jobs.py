@@ -46,6 +46,8 @@ class Outcome:
     unfused: Counter[str] = field(default_factory=Counter)
     fused_error: float = float("nan")
     unfused_error: float = float("nan")
+    fused_rms: float = float("nan")  # root of the mean of squares of all errors
+    unfused_rms: float = float("nan")
     magnitude: float = float("nan")
     finite: bool = False
     dead_rows: int = -1
@@ -117,9 +119,15 @@ def compare(
     """The largest errors over all calls."""
     outcome.fused_error = max(float((a.double() - b).abs().max()) for a, b in zip(fused, exact, strict=True))
     outcome.unfused_error = max(float((a.double() - b).abs().max()) for a, b in zip(unfused, exact, strict=True))
+    outcome.fused_rms, outcome.unfused_rms = _rms(fused, exact), _rms(unfused, exact)
     outcome.magnitude = min(float(each.abs().amax(-1).mean()) for each in exact)
     outcome.finite = all(bool(each.isfinite().all()) for each in (*fused, *unfused, *exact))
     outcome.dead_rows = sum(int((each.abs().amax(-1) == 0).sum()) for each in (*fused, *unfused, *exact))
+
+
+def _rms(logits: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    errors = torch.cat([(a.double() - b).flatten() for a, b in zip(logits, exact, strict=True)])
+    return float(errors.square().mean().sqrt())
 
 
 @dataclass

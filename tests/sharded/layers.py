@@ -196,14 +196,38 @@ def run(name: str, dtype: torch.dtype = torch.float32, dynamic: bool = False, or
         )
 
 
-def through_inductor() -> tuple[str, float]:
-    """The public door and all of Inductor."""
+@dataclass
+class Whole:
+    """What one rank saw of a layer that the public door and all of Inductor compiled.
+
+    Attributes:
+        text: The report's first line.
+        explained: The pattern and the strategy at each site, by `fusion_core.explain` before.
+        placed: The same, of the compiled graph.
+        error: The largest difference of the result from the model's in float64.
+    """
+
+    text: str
+    explained: list[tuple[str, str | None]]
+    placed: list[tuple[str, str | None]]
+    error: float
+
+
+def through_inductor(name: str, dynamic: bool) -> Whole:
+    """A layer, explained, compiled and run."""
     torch._dynamo.reset()
-    given = tensors()
-    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
-        found = torch.compile(LAYERS["attention"], backend="fusion_core", fullgraph=True)(*given)
+    layer, given = LAYERS[name], tensors()
+    around = torch.inference_mode() if dynamic else torch.no_grad()
+    with around, torch._inductor.config.patch(force_disable_caches=True):
+        for each in given[:3] if dynamic else ():
+            torch._dynamo.mark_dynamic(each, 1)
+        explained = fusion_core.explain(layer, *given)
+        found = torch.compile(layer, backend="fusion_core", fullgraph=True)(*given)
         report = fusion_core.last_report()
-        return str(report), _largest(found, LAYERS["attention"](*(each.double() for each in given)))
+        assert report is not None
+        named = [[(site.pattern, site.strategy) for site in each.sites] for each in (explained, report)]
+        text = str(report).partition("\n")[0]
+        return Whole(text, *named, _largest(found, layer(*(each.double() for each in given))))
 
 
 @dataclass

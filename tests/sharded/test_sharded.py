@@ -112,10 +112,21 @@ def test_without_a_backend_nothing_changes(pool: WorkerPool) -> None:
         assert found.error <= found.own_error + 2e-6
 
 
-def test_all_of_inductor(pool: WorkerPool) -> None:
-    for text, error in pool.run(layers.through_inductor):
-        assert text.startswith("fusion_core: 2 of 2 collectives on a kernel, on 2 x cpu")
-        assert error <= 2e-6
+@pytest.mark.parametrize(("name", "dynamic"), [("attention", False), ("two norms", True)])
+def test_all_of_inductor_places_what_explain_names(pool: WorkerPool, name: str, dynamic: bool) -> None:
+    patterns = FUSED[name][0]
+    for found in pool.run(layers.through_inductor, name, dynamic):
+        assert found.text == f"fusion_core: {len(patterns)} of {len(patterns)} collectives on a kernel, on 2 x cpu"
+        assert found.explained == found.placed == [(each, f"reference.{each}") for each in patterns]
+        assert found.error <= 2e-6
+
+
+def test_on_four_ranks() -> None:
+    with WorkerPool(4, timeout=300.0) as pool:
+        for found in pool.run(layers.run, "attention"):
+            assert [site.pattern for site in found.report.fused] == [PAIR, IDENTITY]
+            assert (found.fused["all_gather"], found.fused["all_reduce"]) == (0, 1)
+            assert found.error <= found.own_error + 2e-6
 
 
 def test_ranks_that_run_different_graphs_get_right_numbers() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.distributed as dist
+from torch import Tensor
 
 from fusion_core._torch.distributed import group_by_name, groups
 from fusion_core.errors import ConfigError
@@ -29,7 +32,10 @@ def process_group(name: str) -> dist.ProcessGroup:
         ConfigError: if this process is in no group of that name, because it was never made or is destroyed.
 
     Example:
-        >>> import torch.distributed as dist
+        >>> from collections.abc import Callable
+
+    import torch.distributed as dist
+    from torch import Tensor
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> process_group(dist.group.WORLD.group_name).size()
         1
@@ -41,6 +47,30 @@ def process_group(name: str) -> dist.ProcessGroup:
         known = known or "there is none, init_process_group makes one"
         raise ConfigError(f"group is {name!r}, needs the name of a process group of this process: {known}")
     return found
+
+
+_all_reduces: dict[str, Callable[[Tensor], Tensor]] = {}
+
+
+def use_all_reduce(group: str, all_reduce: Callable[[Tensor], Tensor] | None) -> None:
+    """Set the all_reduce of sites whose kernel does not run: a framework's own may be faster than torch's.
+
+    Every rank of the group has to set the same one.
+
+    Args:
+        group: The group's name.
+        all_reduce: From a rank's tensor to the sum over the ranks, in the same shape and dtype. It may overwrite its
+            argument, and has to run in a CUDA graph's capture where sites do. None for torch's.
+    """
+    if all_reduce is None:
+        _all_reduces.pop(group, None)
+    else:
+        _all_reduces[group] = all_reduce
+
+
+def all_reduce_of(group: str) -> Callable[[Tensor], Tensor] | None:
+    """What `use_all_reduce` set for a group; None for torch's."""
+    return _all_reduces.get(group)
 
 
 def world_size(group: str) -> int | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
+import fusion_core
 from fusion_core import FusionConfig, Report, Stage, Strategy
 from fusion_core.dispatch import by_tokens as module
 from fusion_core.dispatch.by_tokens import Plan
@@ -79,6 +80,25 @@ def test_the_unfused_path_reduces_in_place_only_what_nobody_else_reads(monkeypat
         targets = [str(node.target) for node in dynamic.graphs[0].nodes]
         assert "fusion_core.by_tokens_2.default" in targets
         assert sum("clone" in target or "empty_strided" in target for target in targets) == copies, targets
+
+
+def test_where_no_kernel_runs_the_group_s_own_all_reduce_does(monkeypatch: Any) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def own(x: Tensor) -> Tensor:
+        calls.append(tuple(x.shape))
+        return x.clone()
+
+    group = torch.distributed.group.WORLD.group_name  # type: ignore[union-attr]
+    dynamic = Dynamic(model, acme(monkeypatch, few(Rows(0, 4))))
+    fusion_core.use_all_reduce(group, own)
+    try:
+        assert [dynamic(rows) for rows in (2, 7)] == [["few"], []]
+    finally:
+        fusion_core.use_all_reduce(group, None)
+    assert calls == [(7, HIDDEN)]
+    assert dynamic(9) == []
+    assert len(calls) == 1
 
 
 def test_a_residual_of_any_strides_is_added(monkeypatch: Any) -> None:

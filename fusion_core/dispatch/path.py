@@ -17,6 +17,7 @@ from torch import Tensor
 from fusion_core import _cuda
 from fusion_core._torch import inductor
 from fusion_core.errors import blame
+from fusion_core.groups import all_reduce_of
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.plugins.strategy import Strategy
 from fusion_core.vocabulary.operation import Step, Symbol
@@ -246,12 +247,16 @@ def _shares_memory(x: Tensor, others: Sequence[Tensor]) -> bool:
 
 def _all_reduce_in_place(x: Tensor, *, group: str) -> Tensor:
     """Without a copy, as Inductor reduces a buffer of its graph."""
+    if (other := all_reduce_of(group)) is not None:
+        return other(x)
     torch.ops._c10d_functional.all_reduce_(x, "sum", group)
     torch.ops._c10d_functional.wait_tensor(x)
     return x
 
 
 def _all_reduce(x: Tensor, *, group: str) -> Tensor:
+    if (other := all_reduce_of(group)) is not None:
+        return other(x.clone())
     reduced = torch.ops._c10d_functional.all_reduce(x, "sum", group)
     waited: Tensor = torch.ops._c10d_functional.wait_tensor(reduced)
     return waited

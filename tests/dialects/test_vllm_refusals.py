@@ -1,6 +1,7 @@
 """Calls of vLLM's operators that mean something else: each is left alone, with the reason."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,10 +244,16 @@ def test_the_reference_backend_leaves_another_frameworks_collective_alone() -> N
 def test_the_cache_key_tells_which_group_a_name_of_vllm_stands_for(own: Registry) -> None:
     own_pass = FusionPass(registry=own)
     key = own_pass.uuid()
-    other = torch.distributed.new_group([0])
-    with vllm_groups(tp_0=other):
+    with vllm_groups(tp_0=SimpleNamespace(group_name="7", size=lambda: 2)):
         assert own_pass.uuid() != key
     assert own_pass.uuid() == key
+
+
+def test_the_cache_key_is_the_same_where_groups_of_one_rank_have_other_names(own: Registry) -> None:
+    own_pass = FusionPass(registry=own)
+    key = own_pass.uuid()
+    with vllm_groups(dp_0=torch.distributed.new_group([0])):
+        assert own_pass.uuid() == key
 
 
 def test_no_reading_of_a_call_is_a_problem(own: Registry, recwarn: Any) -> None:

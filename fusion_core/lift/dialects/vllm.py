@@ -11,7 +11,7 @@ import torch
 
 from fusion_core.lift.dialect import Dialect, Reading, Refusal
 from fusion_core.lift.dialects.quantization import fp8_dtype, group_scale_layout, one_scale, swizzled_or_linear
-from fusion_core.lift.dialects.vllm_groups import torch_group, torch_groups
+from fusion_core.lift.dialects.vllm_groups import shared_groups, torch_group
 from fusion_core.lift.operands import Check, Derived, Earlier, Only
 from fusion_core.reason import Reason
 from fusion_core.site import TensorMeta
@@ -273,4 +273,4 @@ FUSED: dict[str, Read] = {
 }
 
 # vllm::rocm_unquantized_gemm, to which an indexer passes the norm, needs no reading: it is a user like any other
-DIALECT = Dialect("vllm", {**COLLECTIVES, **NORMS, **QUANTISERS, **FUSED}, state=torch_groups)
+DIALECT = Dialect("vllm", {**COLLECTIVES, **NORMS, **QUANTISERS, **FUSED}, state=shared_groups)

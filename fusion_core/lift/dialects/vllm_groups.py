@@ -8,6 +8,7 @@ coordinators, each of which has torch's group. Source: ``vllm/distributed/parall
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from fusion_core.reason import Reason
 
@@ -25,7 +26,16 @@ def torch_group(name: object) -> str | Reason:
 
 def torch_groups() -> dict[str, str]:
     """VLLM's name of each of its live groups → torch's name."""
+    return {name: str(group.group_name) for name, group in _groups().items()}
+
+
+def shared_groups() -> dict[str, str]:
+    """`torch_groups` of several ranks: a group of one has another name on each rank, and no graph reduces in it."""
+    return {name: str(group.group_name) for name, group in _groups().items() if group.size() > 1}
+
+
+def _groups() -> dict[str, Any]:
     groups = getattr(sys.modules.get(_MODULE), "_groups", {})
     coordinators = {str(name): reference() for name, reference in groups.items()}
     found = {name: getattr(coordinator, "device_group", None) for name, coordinator in coordinators.items()}
-    return {name: str(group.group_name) for name, group in sorted(found.items()) if group is not None}
+    return {name: group for name, group in sorted(found.items()) if group is not None}

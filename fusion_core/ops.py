@@ -23,7 +23,7 @@ from fusion_core.decide.ranking import Usable, rank_indices
 from fusion_core.errors import BackendError, ConfigError, blame
 from fusion_core.groups import group_name, resolved, world_size
 from fusion_core.patterns import CORE_PATTERNS
-from fusion_core.patterns.definition import GROUP, Pattern
+from fusion_core.patterns.definition import GROUP, VECTORS, Pattern
 from fusion_core.plugins.asking import Answers
 from fusion_core.plugins.registry import Registry
 from fusion_core.plugins.strategy import Strategy
@@ -98,7 +98,7 @@ def _check(pattern: Pattern, bound: dict[str, Any]) -> None:
             )
         if name in pattern.elementwise and tensor.shape != x.shape:
             raise ConfigError(f"{pattern.name}: {name} has shape {tuple(tensor.shape)}, needs x's, {tuple(x.shape)}")
-        if name in ("weight", "post_weight") and (x.dim() == 0 or tensor.shape != x.shape[-1:]):
+        if name in VECTORS and (x.dim() == 0 or tensor.shape != x.shape[-1:]):
             raise ConfigError(
                 f"{pattern.name}: {name} has shape {tuple(tensor.shape)}, needs x's last size, {tuple(x.shape[-1:])}"
             )

@@ -13,6 +13,8 @@ from fusion_core.site import Site
 _OF_IT = " of it"
 
 
+_SUMS = (("all_reduce",), ("all_reduce", "add_bias"))
+"""The words of patterns that other patterns may continue: a norm may follow."""
 ORDINARY = frozenset({"structure", "graph_end", "graph_break"})
 """Codes of reasons that only report the end of a chain. Every chain ends, so this is not a near miss."""
 
@@ -21,10 +23,10 @@ def nearest(outcomes: Sequence[PatternOutcome]) -> tuple[list[PatternOutcome], t
     """The near misses among patterns at one all_reduce, and the patterns without uninformative reasons.
 
     If a pattern matches, only longer patterns can be near misses, as far as they match beyond it: another branch behind
-    the all_reduce is none. If only the bare all_reduce matches, whatever follows it is the reason.
+    the all_reduce is none. If only the bare all_reduce matches, or that with a bias, whatever follows it is the reason.
     """
     whole = next((each.pattern for each in outcomes if isinstance(each.site, Site)), None)
-    least = 0 if whole is None else len(whole.steps)
+    least = 0 if whole is None else 1 if whole.words in _SUMS else len(whole.steps)
     longer: list[tuple[PatternOutcome, Reason]] = []
     found: list[PatternOutcome] = []
     for each in outcomes:
@@ -50,5 +52,10 @@ def _together(misses: list[tuple[PatternOutcome, Reason]]) -> list[tuple[Pattern
     words: dict[str, dict[str, None]] = {}
     for _, why in misses:
         words.setdefault(why.found, {})[why.needs.removesuffix(_OF_IT)] = None
-    needs = {found: " or ".join(sorted(each)) + _OF_IT for found, each in words.items()}
+    needs = {found: _any_of(sorted(each)) + _OF_IT for found, each in words.items()}
     return [(each, replace(why, needs=needs[why.found]) if why.needs else why) for each, why in misses]
+
+
+def _any_of(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last

@@ -2,7 +2,8 @@
 
 ``x * rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w``, ``x / sqrt((x * x).sum(-1) / n + eps) * w`` and similar
 expressions all become ``x^1 · (mean_square(x) + eps)^(-1/2) · w^1``. Lossless casts, views that keep the last dimension
-and waits do not change the product.
+and waits do not change the product. ``x - x.mean(-1, keepdim=True)`` is one atom, so a LayerNorm is the same product of
+that atom, and its variance is the atom's mean square.
 """
 
 from __future__ import annotations
@@ -24,10 +25,24 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True)
-class MeanSquare:
-    """The mean of squares of a tensor of the graph over the last dimension."""
+class Mean:
+    """The mean of a tensor of the graph over the last dimension."""
 
     node: fx.Node
+
+
+@dataclass(frozen=True, slots=True)
+class Centred:
+    """A tensor of the graph minus its mean over the last dimension."""
+
+    node: fx.Node
+
+
+@dataclass(frozen=True, slots=True)
+class MeanSquare:
+    """The mean of squares over the last dimension; of a centred tensor, that is its variance."""
+
+    of: Leaf | Centred
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +51,14 @@ class Plus:
 
     term: Product
     constant: float
+
+
+@dataclass(frozen=True, slots=True)
+class Biased:
+    """The sum of a product and a vector along the last dimension."""
+
+    term: Product
+    bias: fx.Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +85,7 @@ class Function:
         return self.name in ("abs", "abs_max", "power_of_two_above")
 
 
-Atom = Leaf | MeanSquare | Plus | Function
+Atom = Leaf | Mean | Centred | MeanSquare | Plus | Biased | Function
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +107,12 @@ class Product:
     @classmethod
     def of(cls, node: fx.Node) -> Product:
         """A tensor of which nothing more is known."""
-        return cls(frozenset({(Leaf(node), 1.0)}))
+        return cls.atom(Leaf(node))
+
+    @classmethod
+    def atom(cls, atom: Atom, coefficient: float = 1.0, row: bool | None = None) -> Product:
+        """A multiple of an atom."""
+        return cls(frozenset({(atom, 1.0)}), coefficient, row)
 
     @classmethod
     def constant(cls, value: float) -> Product:
@@ -142,25 +170,25 @@ class Product:
             inner, added = atom.term, atom.constant + added
         if added == 0:
             return Product(inner.factors, self.coefficient, self.row)
-        return Product(frozenset({(Plus(inner, added), 1.0)}), self.coefficient, self.row)
+        return Product.atom(Plus(inner, added), self.coefficient, self.row)
 
     def bounded(self, name: str, bound: float) -> Product | None:
         """``at_least`` or ``at_most`` a number, the coefficient factored out; None if that would reverse the bound."""
         if self.coefficient <= 0 or self.is_constant:
             return None
         inner = Product(self.factors, 1.0, self.row)
-        return Product(frozenset({(Function(name, inner, bound / self.coefficient), 1.0)}), self.coefficient, self.row)
+        return Product.atom(Function(name, inner, bound / self.coefficient), self.coefficient, self.row)
 
     def absolute(self) -> Product:
         """The magnitude, the coefficient factored out."""
         if isinstance(atom := self.single_factor, Function) and atom.is_positive:
             return Product(self.factors, abs(self.coefficient), self.row)
         inner = Product(self.factors, 1.0, self.row)
-        return Product(frozenset({(Function("abs", inner), 1.0)}), abs(self.coefficient), self.row)
+        return Product.atom(Function("abs", inner), abs(self.coefficient), self.row)
 
     def apply(self, name: str) -> Product:
         """A function without constants, applied to the whole product."""
-        return Product(frozenset({(Function(name, self), 1.0)}), 1.0, self.row)
+        return Product.atom(Function(name, self), 1.0, self.row)
 
     def with_row(self, row: bool | None) -> Product:
         """The same value after a view that keeps or drops the reduced dimension."""

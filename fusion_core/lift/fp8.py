@@ -181,7 +181,7 @@ def _quantisation(found: Reach, cast: fx.Node, product: Product, dtype: torch.dt
         return _static(found, cast, divisor.node, power, quotient.coefficient, clamp)
     if power != -1.0:
         return Reason("scale", f"{found.value.name} is not divided by its maximum", "a scale for each token", "scale")
-    scale = Product(frozenset({(divisor, 1.0)}), 1 / quotient.coefficient)
+    scale = Product.atom(divisor, 1 / quotient.coefficient)
     if isinstance(divisor, Function) and divisor.name == "spread":
         return _dynamic(found, cast, _inside(scale, divisor), clamp, _split(found, divisor.parameter))
     return _dynamic(found, cast, scale, clamp, base)

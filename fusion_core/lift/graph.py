@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_core.lift.algebra import Product, dtype_of, same_shape, shape_of
+from fusion_core.lift.algebra import Biased, Product, dtype_of, same_shape, shape_of
 from fusion_core.lift.aten import RULES, casts, views
 from fusion_core.lift.aten.casts import keeps_value
 from fusion_core.lift.collectives import all_reduces
 from fusion_core.lift.fp8 import fp8_terms, is_quantising_cast, reach
 from fusion_core.lift.gathers import Gathers
-from fusion_core.lift.misses import Misses
-from fusion_core.lift.norm import Norm, as_norm, root_of, split_weight
+from fusion_core.lift.misses import NORMS, Misses
+from fusion_core.lift.norm import Norm, as_layer_norm_takes_it, as_norm, root_of, split_weight
 from fusion_core.lift.readings import Readings
 from fusion_core.lift.rules import Rule, called, writers
 from fusion_core.lift.sharded import Sharded
@@ -83,8 +83,9 @@ class LiftedGraph:
 
     @cached_property
     def words(self) -> frozenset[str]:
-        """The words found in the graph, except all_reduce."""
+        """The words found in the graph or nearly found, except all_reduce."""
         found = frozenset(term.word for terms in self._terms.values() for term in terms)
+        found |= self._misses.words
         return found | _FP8_WORDS if self._casts_to_eight_bits else found
 
     def terms(self, value: Value, word: str) -> Iterator[Term]:
@@ -147,7 +148,8 @@ class LiftedGraph:
                 self._same[node] = self._same.get(source, source)
             else:
                 self._lift_norm(node, product)
-            return
+            if not isinstance(product.single_factor, Biased):  # one of a single row may be a residual add as well
+                return
         if isinstance(product, Reason):
             self._misses[node] = product
         if node.target in ADDS:
@@ -167,7 +169,8 @@ class LiftedGraph:
         return Term(term.word, operands, term.results, term.refusal, term.notes)
 
     def _lift_norm(self, node: fx.Node, product: Product) -> None:
-        norm = as_norm(product, self._part_of) if len(product.factors) > 1 else None
+        whole = len(product.factors) > 1 or isinstance(product.single_factor, Biased)
+        norm = as_norm(product, self._part_of) if whole else as_layer_norm_takes_it(node, product)
         if isinstance(norm, Reason):
             self._misses[node] = norm
         if not isinstance(norm, Norm) or not same_rows(node, norm.base):
@@ -191,7 +194,9 @@ class LiftedGraph:
             "weight_bias": norm.weight_bias,
             "dtype": None if dtype == dtype_of(base) else dtype,
         }
-        return Term("rms_norm", operands, {"normed": node}, notes=notes)
+        if norm.centred:
+            operands["bias"] = norm.bias
+        return Term(norm.word, operands, {"normed": node}, notes=notes)
 
     def _part_of(self, whole: fx.Node) -> fx.Node | None:
         gather = self._sharded.whole(whole) if self._sharded is not None else None
@@ -208,7 +213,7 @@ class LiftedGraph:
 
     def _rounds_before(self, node: fx.Node) -> bool:
         """Whether a product is rounded to 16 bits before its last factor: a norm before its weight is applied."""
-        while (source := _source(node)) is not None:
+        while (source := _source(node) or self._unbiased(node)) is not None:
             node = source
         for operand in node.args[:2]:
             product = self._products.get(operand) if isinstance(operand, fx.Node) else None
@@ -225,6 +230,13 @@ class LiftedGraph:
                 return True
         return False
 
+    def _unbiased(self, node: fx.Node) -> fx.Node | None:
+        """The LayerNorm to which a node adds a bias."""
+        product = self._products.get(node)
+        if product is None or not isinstance(biased := product.single_factor, Biased):
+            return None
+        return next((operand for operand in node.all_input_nodes if self.product(operand) == biased.term), None)
+
     def _lift_rounding(self, node: fx.Node, source: fx.Node) -> None:
         """Record a cast of a sum as a sum in the narrower dtype.
 
@@ -237,12 +249,12 @@ class LiftedGraph:
         operands = {"x": x, "residual": residual, "dtype": sum_dtype(node, x, residual)}
         self._add(Term("add", operands, {"sum": node}, exact.refusal))
         self._rounded[source].append(node)
-        for term in [term for term in self._terms[source] if term.word == "rms_norm"]:
+        for term in [term for term in self._terms[source] if term.word in NORMS]:
             normed = term.results["normed"]
             assert isinstance(normed, fx.Node)
             dtype = dtype_of(normed)
             of_rounded = term.operands | {"x": node, "dtype": None if dtype == dtype_of(node) else dtype}
-            self._add(Term("rms_norm", of_rounded, term.results, notes=term.notes | {"norm_of_unrounded_sum": True}))
+            self._add(Term(term.word, of_rounded, term.results, notes=term.notes | {"norm_of_unrounded_sum": True}))
 
     def _look_for_quantisations(self, value: Value) -> None:
         """Find the quantisations of a value that are written in plain torch, and refuse all if there are several."""

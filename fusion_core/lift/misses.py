@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
 
 from fusion_core.lift.algebra import Function, Product
+from fusion_core.lift.norm import is_of_layer_norm
 from fusion_core.lift.term import Term
 from fusion_core.reason import Reason
 
+NORMS = ("rms_norm", "layer_norm")
 _CONCERNS = {
     "add": (("broadcast",), ("part",)),
     "rms_norm": (
@@ -19,8 +22,15 @@ _CONCERNS = {
         ("part", "heads", "rounded", "maximum"),
         ("factor",),
     ),
+    "layer_norm": (
+        ("variance", "reduction", "root", "eps", "scaled", "weight"),
+        ("part", "heads", "rounded"),
+        ("factor",),
+    ),
 }
 """Codes of the near misses of a word, the most informative first."""
+_OF_ONE_NORM = ("root", "eps", "scaled", "weight")
+"""Codes of near misses of one kind of norm, which follows from the mean of squares in it."""
 _STILL_IT = ("rounded", "part", "heads")
 """Codes of near misses after which the search for others goes on."""
 _MOST = 40  # nodes to search around a value
@@ -46,7 +56,19 @@ class Misses(dict[fx.Node, Reason]):
             return None
         if (value, word) not in self._near:
             self._near[value, word] = self._search(value, word)
-        return self._near[value, word]
+        found = self._near[value, word]
+        if word == "rms_norm" and found is not None and found.code == "mean" and self.near(value, "layer_norm"):
+            return None  # that says more
+        return found
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """Words that no graph is searched for unless something in it is near them."""
+        near = (
+            reason.code == "variance" or (reason.code in _OF_ONE_NORM and self._is_of_layer_norm(node))
+            for node, reason in self.items()
+        )
+        return frozenset({"layer_norm"} if any(near) else ())
 
     def _search(self, value: fx.Node, word: str) -> Reason | None:
         waiting, seen = [value], {value}
@@ -79,6 +101,12 @@ class Misses(dict[fx.Node, Reason]):
         A slice of a value does if the slice is normed, or added. A broadcast does if the other operand is no value of
         this search.
         """
+        if word in NORMS and reason.code in _OF_ONE_NORM:
+            return self._is_of_layer_norm(node) == (word == "layer_norm")
         if reason.code in ("part", "heads"):
             return any(term.word == word for term in self._terms.get(node, ()))
         return reason.code != "broadcast" or sum(source in seen for source in node.all_input_nodes) == 1
+
+    def _is_of_layer_norm(self, node: fx.Node) -> bool:
+        """Whether a node is computed from a tensor minus its mean, or from its variance."""
+        return any(is_of_layer_norm(p) for n in node.all_input_nodes if (p := self._products.get(n)) is not None)

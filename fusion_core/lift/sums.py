@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fusion_core.lift.algebra import Product, dtype_of, one_element, promoted, same_shape, same_size, shape_of
+from fusion_core.lift.norm import lies_along
 from fusion_core.lift.term import Addend, Sum, Term
 from fusion_core.reason import Reason
 
@@ -44,14 +45,14 @@ class Sums:
         self._position = position
         self._misses = misses
         self._pairs: dict[fx.Node, Term] = {}
-        self._addends: dict[fx.Node, tuple[Addend, ...]] = {}
+        self._addends: dict[fx.Node, tuple[Addend, Addend]] = {}
 
     def pair(self, node: fx.Node) -> Term | None:
         """The sum of two tensors that a node is, as it is spelled; None for another node."""
         return self._pairs.get(node)
 
     def read(self, node: fx.Node) -> Iterator[Term]:
-        """The readings of an addition or a subtraction as ``add``."""
+        """The readings of an addition or a subtraction as ``add`` or ``add_bias``."""
         left, right = node.args[:2]
         alpha = node.kwargs.get("alpha", 1)
         if not (isinstance(left, fx.Node) and isinstance(right, fx.Node) and isinstance(alpha, int | float)):
@@ -69,6 +70,8 @@ class Sums:
             self._pairs[node] = term
             yield term
         if (term := self._taken_apart(node, first, second)) is not None:
+            yield term
+        if (term := self._biased(node, first, second)) is not None:
             yield term
 
     def _addend(self, node: fx.Node, operand: fx.Node, factor: float) -> Addend | None:
@@ -97,27 +100,52 @@ class Sums:
     def _taken_apart(self, node: fx.Node, *own: Addend) -> Term | None:
         """A sum as its last all_reduce and the sum of all others; None where it is spelled so, or cannot be.
 
-        Inner sums are taken apart if nothing else uses them.
+        Inner sums with that all_reduce in them are taken apart if nothing else uses them. Others stay: they may be a
+        part of another site.
         """
-        addends = tuple(part for addend in own for part in self._parts(addend, node))
-        self._addends[node] = addends
-        unscaled = [a for a in addends if a.factor == 1.0 and a.node in self._reduced and not a.is_row]
+        self._addends[node] = own
+        parts = [part for addend in own for part in self._parts(addend, node)]
+        unscaled = [a for a in parts if a.factor == 1.0 and a.node in self._reduced and not a.is_row]
         position = self._position()
         last = max(unscaled, key=lambda addend: position[addend.node], default=None)
         if last is None or (last in own and not any(a.is_row or a.factor != 1.0 for a in own)):
             return None
-        others = sorted((addend for addend in addends if addend is not last), key=lambda addend: addend.is_row)
+        others = [addend for one in own for addend in self._beside(last, one, node)]
+        others.sort(key=lambda addend: addend.is_row)
         if others[0].is_row or len({dtype_of(n) for n in (node, last.node, *(a.node for a in others))}) > 1:
             return None
         operands = {"x": last.node, "residual": Sum(tuple(others), node), "dtype": None}
-        return Term("add", operands, {"sum": node}, notes={"reassociated": True} if len(addends) > 2 else {})
+        return Term("add", operands, {"sum": node}, notes={"reassociated": True} if len(others) > 1 else {})
+
+    def _biased(self, node: fx.Node, *own: Addend) -> Term | None:
+        """An all_reduce and a vector that is added to each row."""
+        for reduced, bias in (own, own[::-1]):
+            if reduced.is_row or reduced.factor != 1.0 or reduced.node not in self._reduced:
+                continue
+            if bias.is_row and bias.factor == 1.0 and lies_along(bias.node, node):
+                vector = self._tensor(bias.node)
+                dtype = sum_dtype(node, reduced.node, vector)
+                return Term("add_bias", {"x": reduced.node, "bias": vector, "dtype": dtype}, {"sum": node})
+        return None
 
     def _parts(self, addend: Addend, node: fx.Node) -> tuple[Addend, ...]:
         """An addend of a sum, or those of the inner sum that it is."""
         inner = self._addends.get(addend.node)
         if inner is None or addend.factor != 1.0 or dtype_of(addend.node) != dtype_of(node):
             return (addend,)
-        return inner if self._leads_only_to(addend.node, node) else (addend,)
+        if not self._leads_only_to(addend.node, node):
+            return (addend,)
+        return tuple(part for each in inner for part in self._parts(each, addend.node))
+
+    def _beside(self, last: Addend, addend: Addend, node: fx.Node) -> Iterator[Addend]:
+        """What an addend of a sum has besides one of its parts; all of it if that is not in it."""
+        if addend is last:
+            return
+        if last not in self._parts(addend, node):
+            yield addend
+            return
+        for each in self._addends[addend.node]:
+            yield from self._beside(last, each, addend.node)
 
     def _leads_only_to(self, node: fx.Node, target: fx.Node) -> bool:
         users = list(node.users)

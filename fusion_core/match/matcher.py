@@ -10,6 +10,7 @@ from torch import fx
 
 from fusion_core.lift.graph import LiftedGraph
 from fusion_core.lift.graph_end import ending
+from fusion_core.lift.misses import NORMS
 from fusion_core.lift.rules import is_cheap
 from fusion_core.lift.term import Term, Virtual, held_by, nodes_of
 from fusion_core.patterns.definition import GROUP, Pattern
@@ -146,7 +147,7 @@ def _follow(
 def _missing(view: LiftedGraph, word: str, known: Any, symbol: Symbol) -> Reason:
     """The reason why a word does not follow a value, with a text that is the same in each layer of a model."""
     name = symbol.step.operation.name if symbol.step is not None else symbol.name
-    if word == "add" and next(view.terms(known, "rms_norm"), None) is not None:
+    if word == "add" and any(next(view.terms(known, norm), None) is not None for norm in NORMS):
         return Reason("structure", f"{name} is normed before anything is added to it", "add of it")
     behind, ends = view.followers(known) if isinstance(known, fx.Node) else ((), False)
     if ends and not behind:

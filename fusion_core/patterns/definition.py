@@ -16,6 +16,8 @@ from fusion_core.vocabulary.operation import Recorder, Step, Symbol
 
 GROUP = "group"
 """The parameter of every pattern that names the process group."""
+VECTORS = ("weight", "post_weight", "bias")
+"""Tensor parameters of shape [n], in every pattern that has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,8 @@ class Pattern:
         outputs: Names of the results, in order.
         returns: The outputs that the eager function of the same name returns by default.
         example: For `fusion_core.testing`: a function of x's shape and dtype that returns a `TensorMeta` or value for
-            each parameter that the kit cannot generate (it generates ``x``, the residual, ``weight``, ``scale``,
-            ``global_scale``, ``eps`` and parameters with defaults). None if there is no such parameter.
+            each parameter that the kit cannot generate (it generates ``x``, the residual, ``weight``, ``bias``,
+            ``scale``, ``global_scale``, ``eps`` and parameters with defaults). None if there is no such parameter.
         parameters: Its parameters except ``group``, by name.
         steps: The recorded definition, one step per operation; the first is the collective.
     """

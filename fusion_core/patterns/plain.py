@@ -1,11 +1,11 @@
-"""The patterns that end in an all_reduce or in an RMSNorm."""
+"""The patterns that end in an all_reduce, in a bias or in an RMSNorm."""
 
 from __future__ import annotations
 
 import torch
 
 from fusion_core.patterns.definition import pattern
-from fusion_core.vocabulary import add, rms_norm
+from fusion_core.vocabulary import add, add_bias, rms_norm
 from fusion_core.vocabulary import all_reduce as reduce_sum
 
 
@@ -19,6 +19,24 @@ def all_reduce(x: torch.Tensor, *, group: str) -> torch.Tensor:
     """
     reduced: torch.Tensor = reduce_sum(x, group)
     return reduced
+
+
+@pattern(outputs=("sum", "reduced"), returns=("sum",))
+def all_reduce_bias(
+    x: torch.Tensor, bias: torch.Tensor, *, sum_dtype: torch.dtype | None = None, group: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``reduced = sum_r x_r``; ``sum = reduced + bias``.
+
+    A row-parallel linear layer with a bias, whose result goes into no norm that is fused with it.
+
+    Args:
+        x: ``[..., n]``, floating.
+        bias: ``[n]``, equal on all ranks.
+        sum_dtype: Dtype of ``sum``; None for torch's promotion of ``x`` and ``bias``.
+        group: The process group.
+    """
+    reduced = reduce_sum(x, group)
+    return add_bias(reduced, bias, dtype=sum_dtype), reduced
 
 
 @pattern(outputs=("normed", "reduced"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fusion_core.errors import FusionError, PatternError
-from fusion_core.patterns.definition import GROUP, Parameter, Pattern
+from fusion_core.patterns.definition import GROUP, VECTORS, Parameter, Pattern
 from fusion_core.plugins.requirements import Requirement
 from fusion_core.plugins.strategy import Strategy
 from fusion_core.samples.layouts import empty, laid_out, strides
@@ -20,8 +20,6 @@ from fusion_core.vocabulary.operation import Symbol
 
 SCALES = ("scale", "global_scale")
 """Tensor parameters that are a single float32."""
-VECTORS = ("weight", "post_weight")
-"""Tensor parameters of shape [n]."""
 HIDDEN_SIZES = (256, 8, 16, 32, 64, 96, 128, 512, 1024, 2048, 4096, 8192)
 PLAIN = {"eps": 1e-6, "weight_bias": 0.0, "post_eps": 1e-6, "post_weight_bias": 0.0}
 """Scalars on which no shape and no dtype depends."""
@@ -210,7 +208,7 @@ def _steps(pattern: Pattern, site: Site, requirement: Requirement) -> Iterator[S
             rows = variant.inputs["x"].shape[:-1] if "x" in variant.inputs else ()
             yield from _other_sizes(pattern, variant, tuple(map(int, rows)))
     # an output's dtype depends on inputs and attributes
-    dtyped = [name for name in pattern.scalars if name in ("norm_dtype", "residual_dtype")]
+    dtyped = [name for name in pattern.scalars if name in ("norm_dtype", "residual_dtype", "sum_dtype")]
     for dtype in (None, *FLOATS):
         for name in dtyped:
             yield with_outputs(pattern, replace(site, attributes={**site.attributes, name: dtype}), site.outputs)

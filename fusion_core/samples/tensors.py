@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fusion_core.patterns.definition import VECTORS
 from fusion_core.samples.layouts import empty
-from fusion_core.samples.sites import SCALES, VECTORS
+from fusion_core.samples.sites import SCALES
 from fusion_core.site import Site, TensorMeta
 
 ROWS = ("normal", "zeros", "huge", "tiny", "small", "subnormal", "spike", "inf", "-inf", "nan")
@@ -77,13 +78,19 @@ def _numbers(site: Site, name: str, meta: TensorMeta, values: Values, generator:
         return torch.full(shape, value)
     numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
     if name in VECTORS:
-        return numbers * 0.5 + 1.0 - float(site.attributes.get("weight_bias", 0.0))
+        return vector(site, name, numbers)
     if shape and numbers.numel() and (name == "x" or values.residual):
         rows = numbers.reshape(-1, shape[-1])
         for index, row in enumerate(rows):
             _fill(row, values.rows[index % len(values.rows)], meta.dtype)
         return rows.view(shape)
     return numbers
+
+
+def vector(site: Site, name: str, numbers: torch.Tensor) -> torch.Tensor:
+    """The values of a bias, or of a weight that with its constant is around 1, from random numbers of order 1."""
+    centre = 0.0 if name == "bias" else 1.0 - float(site.attributes.get("weight_bias", 0.0))
+    return numbers * 0.5 + centre
 
 
 def _fill(row: torch.Tensor, kind: str, dtype: torch.dtype) -> None:

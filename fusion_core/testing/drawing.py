@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from fusion_core.patterns.definition import Parameter, Pattern
+from fusion_core.patterns.definition import VECTORS, Parameter, Pattern
 from fusion_core.plugins.requirements import DType, LiveOutputs, Requirement
 from fusion_core.plugins.strategy import Strategy
 from fusion_core.samples.layouts import LAYOUTS, laid_out
@@ -18,7 +18,6 @@ from fusion_core.samples.requirement_sides import sides
 from fusion_core.samples.sites import (
     FLOATS,
     SCALES,
-    VECTORS,
     Impossible,
     example_site,
     fitted,
@@ -39,6 +38,7 @@ SCALARS: dict[str, st.SearchStrategy[Any]] = {
     "norm_dtype": st.sampled_from((None, *FLOATS)),
     "post_norm_dtype": st.sampled_from((None, *FLOATS)),
     "residual_dtype": st.sampled_from((None, *FLOATS)),
+    "sum_dtype": st.sampled_from((None, *FLOATS)),
     "group_size": st.sampled_from((8, 16, 32, 64, 128)),
     "fp8_dtype": st.sampled_from((torch.float8_e4m3fn, torch.float8_e4m3fnuz)),
     "fp8_max": st.sampled_from((None, 224.0)),

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fusion_core.dispatch.path import BARE, BoundPattern, Epilogue, ExecutionPath
 from fusion_core.errors import FusionError
-from fusion_core.patterns.definition import Pattern
+from fusion_core.patterns.definition import VECTORS, Pattern
 from fusion_core.plugins.registry import Registry
 from fusion_core.plugins.requirements import Attribute
 from fusion_core.plugins.strategy import Strategy
 from fusion_core.reason import Reason
-from fusion_core.samples.sites import SCALES, VECTORS, example_site, resized, with_outputs
-from fusion_core.samples.tensors import AMAX
+from fusion_core.samples.sites import SCALES, example_site, resized, with_outputs
+from fusion_core.samples.tensors import AMAX, vector
 from fusion_core.site import Device, Site
 from fusion_core.tables.schema import UNFUSED
 
@@ -204,6 +204,6 @@ def tensors(site: Site, rank: int, device: torch.device) -> dict[str, Tensor]:
         else:
             numbers = torch.randn(shape, generator=generator, device=device)
             if name in VECTORS:
-                numbers = numbers * 0.5 + 1.0 - float(site.attributes.get("weight_bias", 0.0))
+                numbers = vector(site, name, numbers)
             found[name] = numbers.to(meta.dtype)
     return found

@@ -6,7 +6,7 @@ fallback at once.
 
 from fusion_core.vocabulary import fp4, fp8
 from fusion_core.vocabulary.collective import all_reduce
-from fusion_core.vocabulary.norm import add, rms_norm
+from fusion_core.vocabulary.norm import add, add_bias, layer_norm, rms_norm
 from fusion_core.vocabulary.operation import Operation, operation
 from fusion_core.vocabulary.sharded import (
     all_gather_shard,
@@ -24,8 +24,10 @@ quantize_mxfp4 = Operation(fp4.quantize_mxfp4, results=("quantized", "scale"))
 __all__ = [
     "Operation",
     "add",
+    "add_bias",
     "all_gather_shard",
     "all_reduce",
+    "layer_norm",
     "mean_square_over_ranks",
     "mean_squares_over_ranks",
     "operation",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusion_core._cuda import synchronize
-from fusion_core.patterns.definition import Pattern
+from fusion_core.patterns.definition import VECTORS, Pattern
 from fusion_core.reason import Reason
 from fusion_core.vocabulary.fp4 import dequantize_mxfp4, dequantize_nvfp4
 from fusion_core.vocabulary.fp8 import dequantize_fp8
@@ -66,7 +66,7 @@ def farthest_off(
         pattern: The pattern that the kernel computes.
         run: Runs it once; ``eps`` is `EPS` and ``weight_bias`` 0.
         shape: Tokens and hidden size.
-        dtype: The dtype of x, the residual and the weight.
+        dtype: The dtype of x, the residual, the weight and the bias.
         device: The device to run it on.
         rank: This rank in the group.
         world_size: The number of ranks in the group.
@@ -84,8 +84,8 @@ def farthest_off(
             sums.append(functools.reduce(torch.Tensor.add_, parts, torch.zeros(shape, device=device, dtype=WIDE)))
             if "residual" in pattern.tensors:
                 tensors["residual"] = torch.randn(shape, generator=common, device=device, dtype=dtype)
-            if "weight" in pattern.tensors:
-                tensors["weight"] = torch.rand(shape[1], generator=common, device=device, dtype=dtype) + 0.5
+            for name in (each for each in VECTORS if each in pattern.tensors):
+                tensors[name] = torch.rand(shape[1], generator=common, device=device, dtype=dtype) + 0.5
             for name in ("scale", "global_scale"):
                 if name in pattern.tensors:
                     tensors[name] = torch.full((1,), scalars[name], device=device)

@@ -1,13 +1,15 @@
-"""Products, powers, and sums with constants."""
+"""Products, powers, and sums with constants; a tensor minus its mean, and the bias of a LayerNorm."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import fx
 
-from fusion_core.lift.algebra import Product, dtype_of, one_element, same_shape, same_size, shape_of
+from fusion_core.lift.algebra import Biased, Centred, Mean, Product, dtype_of, one_element, same_shape, same_size, shape_of
+from fusion_core.lift.norm import is_of_layer_norm, lies_along
 from fusion_core.lift.rules import FLOATS, Read, Rule, Rules
 from fusion_core.reason import Reason
 
@@ -61,7 +63,7 @@ RULES.reads(aten.reciprocal.default, prims.reciprocal.default)(_power(-1.0))
 
 
 @RULES.reads(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
-def _add_constant(node: fx.Node, read: Read) -> Product | Reason | None:
+def _add(node: fx.Node, read: Read) -> Product | Reason | None:
     left, right = read(node.args[0]), read(node.args[1])
     scale = node.kwargs.get("alpha", 1)
     if not isinstance(scale, int | float) or dtype_of(node) not in FLOATS:
@@ -72,6 +74,9 @@ def _add_constant(node: fx.Node, read: Read) -> Product | Reason | None:
         return left.plus(scale * right.coefficient)
     if left.is_constant and not right.is_constant and _same_form(node.args[1], node):
         return right.times(Product.constant(scale), right.row).plus(left.coefficient)
+    addends = ((node.args[0], left), (node.args[1], right.times(Product.constant(scale), right.row)))
+    if (centred := _centred(node, *addends)) is not None:
+        return centred
     for product, other in ((left, node.args[1]), (right, node.args[0])):
         if product.row is not None and isinstance(other, fx.Node) and one_element(other):
             found = f"{other.name}, which {node.name} adds, is known only at run time"
@@ -80,6 +85,31 @@ def _add_constant(node: fx.Node, read: Read) -> Product | Reason | None:
                 "torch._dynamo.config.specialize_float = True keeps it a number"
             )
             return Reason("eps", found, "an epsilon that is a number", hint=hint)
+    return _biased(node, *addends) if scale == 1 else None
+
+
+Addend = tuple[Any, Product]
+
+
+def _centred(node: fx.Node, *addends: Addend) -> Product | Reason | None:
+    """A multiple of a tensor minus its mean."""
+    for (whole, product), (operand, row) in (addends, addends[::-1]):
+        mean = row.single_factor
+        if not isinstance(mean, Mean) or product.multiple is not mean.node or not _same_form(whole, node):
+            continue
+        if math.isclose(product.coefficient, -row.coefficient, rel_tol=1e-6):
+            return _broadcast(node, [(operand, row)]) or Product.atom(Centred(mean.node), product.coefficient)
+    return None
+
+
+def _biased(node: fx.Node, *addends: Addend) -> Product | None:
+    """A LayerNorm plus a vector along its last dimension."""
+    for (whole, product), (operand, bias) in (addends, addends[::-1]):
+        if product.row is not None or not is_of_layer_norm(product) or not _same_form(whole, node):
+            continue
+        vector = bias.tensor or operand
+        if isinstance(vector, fx.Node) and lies_along(vector, node):
+            return Product.atom(Biased(product, vector))
     return None
 
 

@@ -1,4 +1,4 @@
-"""Reductions over the last dimension: mean squares, and maxima of magnitudes."""
+"""Reductions over the last dimension: means, mean squares and variances, and maxima of magnitudes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from fusion_core.lift.algebra import Function, Leaf, MeanSquare, Product, dtype_of, one_element, shape_of
+from fusion_core.lift.algebra import Centred, Function, Leaf, Mean, MeanSquare, Product, dtype_of, one_element, shape_of
 from fusion_core.lift.rules import FLOATS, Read, Rules
 from fusion_core.reason import Reason
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 @RULES.reads(aten.mean.dim, aten.mean.default)
 def _mean(node: fx.Node, read: Read) -> Product | Reason | None:
-    return _elsewhere(node, "mean") or _mean_square(node, read, 1.0)
+    return _elsewhere(node, "mean") or _moment(node, node, read, 1.0)
 
 
 @RULES.reads(aten.sum.dim_IntList)
@@ -25,14 +25,18 @@ def _sum(node: fx.Node, read: Read) -> Product | Reason | None:
     size = shape_of(node.args[0])[-1:] if isinstance(node.args[0], fx.Node) else ()
     if not size or not isinstance(size[0], int) or _elsewhere(node, "sum"):
         return None
-    product = _mean_square(node, read, float(size[0]))
+    product = _moment(node, node, read, float(size[0]))
     return product if isinstance(product, Product) else None  # most sums are no norm: report no near miss
 
 
-def _mean_square(node: fx.Node, read: Read, count: float) -> Product | Reason | None:
-    operand = node.args[0]
-    assert isinstance(operand, fx.Node)
-    product = read(operand)
+@RULES.reads(aten.var.correction)
+def _var(node: fx.Node, read: Read) -> Product | Reason | None:
+    return _variance(node, node, read)
+
+
+def _moment(node: fx.Node, reduction: fx.Node, read: Read, count: float) -> Product | Reason | None:
+    """A mean of values or of their squares, times ``count``."""
+    product = read(reduction.args[0])
     if dtype_of(node) not in FLOATS or product.row is not None:
         return None
     if len(product.factors) != 1:
@@ -44,15 +48,33 @@ def _mean_square(node: fx.Node, read: Read, count: float) -> Product | Reason | 
     ((atom, exponent),) = product.factors
     if isinstance(atom, Function) and atom.name == "abs" and exponent == 1:
         return Reason("mean", f"{node.name} is a mean of |x|", "a mean of squares")
-    if not isinstance(atom, Leaf) and not (isinstance(atom, Function) and atom.name == "abs"):
+    if isinstance(atom, Leaf) and exponent == 1:
+        return Product.atom(Mean(atom.node), count * product.coefficient, _keeps(reduction))
+    if isinstance(atom, Leaf | Centred) and exponent == 2:
+        if product.coefficient not in (1.0, 1.0 / count):
+            found = f"{node.name} is a mean of squares of {atom.node} scaled by {abs(product.coefficient) ** 0.5:g}"
+            return Reason("scaled", found, "the sum as it is")
+        return Product.atom(MeanSquare(atom), count * product.coefficient, _keeps(reduction))
+    if isinstance(atom, Leaf) or (isinstance(atom, Function) and atom.name == "abs"):
+        return Reason("mean", f"{node.name} is a mean of powers of {exponent:g}", "a mean of squares")
+    return None
+
+
+def _variance(node: fx.Node, reduction: fx.Node, read: Read) -> Product | Reason | None:
+    """A variance: the mean of squares of a tensor minus its mean."""
+    correction = reduction.kwargs.get("correction", 1)
+    if reason := _elsewhere(reduction, "variance about the mean"):
+        return reason
+    if correction != 0:
+        divisor = "n - 1" if correction in (1, None) else f"n - {correction}"
+        return Reason("variance", f"{reduction.name} is a variance that divides by {divisor}", "one that divides by n")
+    product = read(reduction.args[0])
+    if dtype_of(node) not in FLOATS or product.row is not None or product.multiple is None:
         return None
-    if exponent != 2.0 or not isinstance(atom, Leaf):
-        what = "of the values themselves, as LayerNorm takes it" if exponent == 1 else f"of powers of {exponent:g}"
-        return Reason("mean", f"{node.name} is a mean {what}", "a mean of squares")
-    if product.coefficient not in (1.0, 1.0 / count):
-        found = f"{node.name} is a mean of squares of {atom.node} scaled by {abs(product.coefficient) ** 0.5:g}"
-        return Reason("scaled", found, "the sum as it is")
-    return Product(frozenset({(MeanSquare(atom.node), 1.0)}), count * product.coefficient, _keeps(node))
+    if product.coefficient != 1.0:
+        found = f"{reduction.name} is a variance of {product.multiple} scaled by {product.coefficient:g}"
+        return Reason("variance", found, "the sum as it is")
+    return Product.atom(MeanSquare(Centred(product.multiple)), row=_keeps(reduction))
 
 
 @RULES.reads(aten.amax.default, aten.max.default)
@@ -66,7 +88,8 @@ def _part(node: fx.Node, read: Read) -> Product | Reason | None:
     if not isinstance(whole, fx.Node):
         return None
     if whole.target is aten.var_mean.correction:
-        return Reason("mean", f"{whole.name} is a variance about the mean, as LayerNorm takes it", "a mean of squares")
+        variance = _variance(node, whole, read)
+        return _moment(node, whole, read, 1.0) if index == 1 and not _elsewhere(whole, "mean") else variance
     if whole.target in (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int):
         return Reason("part", f"{node.name} is a part of {whole.args[0]}", "the whole")
     if whole.target is aten.max.dim and index == 0:
@@ -82,7 +105,7 @@ def _maximum(node: fx.Node, reduction: fx.Node, read: Read) -> Product | Reason 
     if not isinstance(atom, Function) or atom.name != "abs":
         of = "the values themselves" if product.multiple is not None else "a function of the values"
         return Reason("maximum", f"{node.name} is a maximum of {of}", "one of their magnitudes")
-    return Product(frozenset({(Function("abs_max", atom.term), 1.0)}), product.coefficient, _keeps(reduction))
+    return Product.atom(Function("abs_max", atom.term), product.coefficient, _keeps(reduction))
 
 
 def _elsewhere(node: fx.Node, name: str) -> Reason | None:

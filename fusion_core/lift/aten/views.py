@@ -41,7 +41,7 @@ def _reshape(node: fx.Node, read: Read) -> Product | Reason | None:
     if not product.row or not before:
         return None
     if _joins(before, after):  # a value per group of neighbours, repeated over the group
-        return Product(frozenset({(Function("spread", product, float(before[-1])), 1.0)}))
+        return Product.atom(Function("spread", product, float(before[-1])))
     return product.with_row(False) if same_shape(before[:-1], after) else None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fusion_core
 from fusion_core import SiteReport
-from tests.corpus.case import ADD, EPS, PLAIN, N, norm, reduce
+from tests.corpus.case import ADD, ADD_LAYER, EPS, PLAIN, N, norm, reduce
 from tests.support.graphs import fuse
 from tests.test_matching import tensors
 
@@ -84,11 +84,28 @@ def dead_end(x: Tensor, r: Tensor, w: Tensor) -> Any:
 
 
 MISSES: dict[str, tuple[Model, list[list[str]]]] = {
-    "a LayerNorm later": (layer_norm_later, [[f"{PLAIN}: all_reduce is followed by mm, needs add or rms_norm of it"]]),
+    "a LayerNorm later": (layer_norm_later, [[f"{PLAIN}: all_reduce is followed by mm, needs add, layer_norm or rms_norm of it"]]),
     "a LayerNorm of the residual stream": (layer_norm_of_the_residual_stream, [[]]),
-    "a LayerNorm here": (
-        lambda x, r, w: layer_norm(r + reduce(x), w),
-        [[f"{ADD}: var_mean is a variance about the mean, as LayerNorm takes it, needs a mean of squares"]],
+    "a LayerNorm here": (lambda x, r, w: layer_norm(r + reduce(x), w), [[]]),
+    "a GroupNorm here": (
+        lambda x, r, w: F.group_norm((r + reduce(x)).view(-1, N, 1), 2),
+        [[f"{ADD}: var_mean is a variance about the mean over dimensions 2 and 3 of 4, needs the last one"]],
+    ),
+    "a variance alone": (
+        lambda x, r, w: (r + reduce(x)).float().var(-1, correction=0),
+        [[f"{ADD}: var is a variance about the mean, as LayerNorm takes it, needs a mean of squares"]],
+    ),
+    "nearly a LayerNorm": (
+        lambda x, r, w: (c := (h := (r + reduce(x)).float()) - h.mean(-1, True)) / (c.square().mean(-1, True).sqrt() + EPS),
+        [[f"{ADD_LAYER}: 1e-05 is added outside the root, needs an epsilon inside it"]],
+    ),
+    "a bias and nothing more": (
+        lambda x, r, w: torch.relu(reduce(x) + w),
+        [[f"{ADD}: arg1_1, of shape [16], is broadcast by add, needs the shape [2, 3, 16]"]],
+    ),
+    "a bias, a residual and the end": (
+        lambda x, r, w: r + (reduce(x) + w),
+        [[f"{ADD}: the graph ends here, after add, as does the model's code, needs rms_norm of it"]],
     ),
     "a slice of its own result": (slice_of_the_stream, [[]]),
     "a slice beside a clamp": (slice_of_a_clamped_sum, [[f"{ADD}: add is followed by clamp, needs rms_norm of it"]]),
@@ -123,7 +140,7 @@ MISSES: dict[str, tuple[Model, list[list[str]]]] = {
         scaled_twice,
         [
             [f"{ADD}: the all_reduce's side of add is scaled by 0.5, needs the sum as it is"],
-            [f"{PLAIN}: all_reduce is followed by clamp, needs add or rms_norm of it"],
+            [f"{PLAIN}: all_reduce is followed by clamp, needs add, layer_norm or rms_norm of it"],
             [],
         ],
     ),

@@ -57,8 +57,10 @@ class Misses(dict[fx.Node, Reason]):
         if (value, word) not in self._near:
             self._near[value, word] = self._search(value, word)
         found = self._near[value, word]
-        if word == "rms_norm" and found is not None and found.code == "mean" and self.near(value, "layer_norm"):
-            return None  # that says more
+        if word == "rms_norm" and found is not None and found.code == "mean":
+            other = self.near(value, "layer_norm")
+            if other is not None and other.code in ("variance", *_OF_ONE_NORM):
+                return None  # it is a LayerNorm that is near, and that says more
         return found
 
     @cached_property

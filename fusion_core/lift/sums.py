@@ -141,7 +141,7 @@ class Sums:
         """What an addend of a sum has besides one of its parts; all of it if that is not in it."""
         if addend is last:
             return
-        if last not in self._parts(addend, node):
+        if all(part is not last for part in self._parts(addend, node)):
             yield addend
             return
         for each in self._addends[addend.node]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
@@ -25,6 +26,9 @@ BARE = "all_reduce"
 PLAIN = "all_reduce_rms_norm"
 ADD = "all_reduce_add_rms_norm"
 SANDWICH = "all_reduce_rms_norm_add_rms_norm"
+LAYER = "all_reduce_layer_norm"
+ADD_LAYER = "all_reduce_add_layer_norm"
+BIAS = "all_reduce_bias"
 
 NORMED, RESIDUAL, REDUCED = {"normed"}, {"residual_out"}, {"reduced"}
 BOTH = NORMED | RESIDUAL
@@ -83,6 +87,7 @@ class Case:
         attributes: The site's attributes that differ from the usual: eps 1e-5 and nothing else.
         given: The tensors that it is run with.
         weight: Whether the norm has one.
+        bias: Whether the LayerNorm has one.
         others: Patterns of the graph's other all_reduces, before and behind the row's own.
         dynamic: Compiled with every size a symbol.
     """
@@ -94,6 +99,7 @@ class Case:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     given: Given = Given()
     weight: bool = True
+    bias: bool = False
     others: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     dynamic: bool = False
 
@@ -145,6 +151,11 @@ def wide_norm(h: Tensor, weight: Tensor) -> Tensor:
     """As Gemma writes it, but for the bias: multiplied by the weight, then rounded."""
     wide = h.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight.float()).type_as(h)
+
+
+def layer_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None = None, eps: float = EPS) -> Tensor:
+    """As torch has it."""
+    return F.layer_norm(h, h.shape[-1:], weight, bias, eps)
 
 
 def gemma(h: Tensor, weight: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def judge(case: Case, outcome: Outcome) -> None:
     site = expected_site(outcome, case.pattern, case.others)
     assert site.strategy == f"reference.{case.pattern}", refusals(site)
     assert set(site.attributes["live"]) == set(case.live)
-    check_attributes(site, case.attributes, weight=case.weight)
+    check_attributes(site, case.attributes, weight=case.weight, bias=case.bias)
     check_values(case, outcome, strides="scale_layout" in case.attributes)
 
 
@@ -65,9 +65,11 @@ def refusals(site: SiteReport) -> dict[str, list[str]]:
     return {decision.pattern: [str(reason) for reason in decision.reasons] for decision in site.decisions}
 
 
-def check_attributes(site: SiteReport, differing: Mapping[str, Any], *, weight: bool = True) -> None:
+def check_attributes(
+    site: SiteReport, differing: Mapping[str, Any], *, weight: bool = True, bias: bool = False
+) -> None:
     """The usual attributes but for those that a row names."""
-    if "rms_norm" not in site.pattern:
+    if "norm" not in site.pattern:
         return
     found = NOTES | dict(site.attributes)
     if "fp8_max" in found:
@@ -84,6 +86,7 @@ def check_attributes(site: SiteReport, differing: Mapping[str, Any], *, weight: 
             wanted = pytest.approx(value, rel=1e-6, abs=0) if isinstance(value, float) else value
             assert found.get(name) == wanted, (name, found.get(name), value)
     assert ("weight" in site.attributes["inputs"]) == weight
+    assert ("bias" in site.attributes["inputs"]) == bias
 
 
 def check_values(row: Row, outcome: Outcome, *, strides: bool = False) -> None:

@@ -1,5 +1,6 @@
 """What looks like a longer pattern and is none: the shorter one stands, and the refusal says why."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
 from tests.corpus.all_reduces import SECOND
-from tests.corpus.case import ADD, AFTER, BARE, EPS, PLAIN, Case, Given, N, NearMiss, norm, reduce
+from tests.corpus.case import ADD, ADD_LAYER, AFTER, BARE, BIAS, EPS, PLAIN, Case, Given, N, NearMiss, norm, reduce
 
 FLOAT = Given(dtype=torch.float32)
 AT_RUN_TIME = Given(more=(lambda: torch.tensor(EPS),))
@@ -31,16 +32,45 @@ def inverse(h: Tensor) -> Tensor:
     return torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
 
 
-def layer_norm(x: Tensor, r: Tensor, w: Tensor) -> Any:
-    total = r + reduce(x)
-    centred = total - total.mean(-1, keepdim=True)
-    return w * centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + EPS)
+def in_float32(
+    product: Callable[[Tensor, Tensor], Tensor], variance: Callable[[Tensor], Tensor] = torch.Tensor.square
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A quotient of ``total - mean`` and its variance, times the weight."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        total = r + reduce(x)
+        centred = total - total.mean(-1, keepdim=True)
+        return product(centred, variance(centred).mean(-1, keepdim=True)) * w
+
+    return model
 
 
-def layer_norm_of_variance(x: Tensor, r: Tensor, w: Tensor) -> Any:
+def fast_variance(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    """The variance as the mean of squares minus the square of the mean: exact in theory, inexact in float32."""
     total = r + reduce(x)
-    variance = total.var(-1, keepdim=True, unbiased=False)
-    return (total - total.mean(-1, keepdim=True)) * torch.rsqrt(variance + EPS) * w
+    mean = total.mean(-1, keepdim=True)
+    return (total - mean) * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) - mean.pow(2) + EPS) * w
+
+
+def sample_variance(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    total = r + reduce(x)
+    return (total - total.mean(-1, keepdim=True)) * torch.rsqrt(total.var(-1, keepdim=True) + EPS) * w
+
+
+def saved_statistics(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    total = r + reduce(x)
+    variance, mean = torch.var_mean(total, -1, correction=0, keepdim=True)
+    return (total - mean) * torch.rsqrt(variance + EPS) * w, mean
+
+
+def not_centred(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    total = r + reduce(x)
+    return total * torch.rsqrt(total.var(-1, keepdim=True, correction=0) + EPS) * w
+
+
+def another_mean(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    total = r + reduce(x)
+    return (total - r.mean(-1, keepdim=True)) * torch.rsqrt(total.var(-1, keepdim=True, correction=0) + EPS) * w
 
 
 def over_rows(x: Tensor, r: Tensor, w: Tensor) -> Any:
@@ -131,12 +161,24 @@ def plain(name: str, function: Any, because: str, **differing: Any) -> NearMiss:
 
 NEAR_MISSES = [
     # another normalisation
-    add("LayerNorm", layer_norm, "as LayerNorm takes it", given=FLOAT),
-    add("LayerNorm by its variance", layer_norm_of_variance, "LayerNorm", given=FLOAT),
-    add("F.layer_norm", lambda x, r, w: F.layer_norm(r + reduce(x), (N,), w, eps=EPS), "LayerNorm"),
-    plain("F.layer_norm without residual", lambda x, r, w: F.layer_norm(reduce(x), (N,), w, eps=EPS), "LayerNorm"),
-    add("F.group_norm", lambda x, r, w: F.group_norm((r + reduce(x)).view(-1, N, 1), 2), "LayerNorm", given=FLOAT),
+    add("F.group_norm", lambda x, r, w: F.group_norm((r + reduce(x)).view(-1, N, 1), 2), "a variance about the mean over dimensions 2 and 3 of 4", given=FLOAT),
     add("F.normalize times sqrt(n)", lambda x, r, w: F.normalize(r + reduce(x), dim=-1) * N**0.5 * w, "bounded below", given=FLOAT),
+    # LayerNorm
+    add("a mean that nothing divides", lambda x, r, w: (s := r + reduce(x)) - s.mean(-1, keepdim=True), "a mean of the values themselves, as LayerNorm takes it", given=FLOAT),
+    add("a variance alone", lambda x, r, w: (r + reduce(x)).var(-1, correction=0), "a variance about the mean, as LayerNorm takes it", given=FLOAT),
+    add("LayerNorm by a fast variance", fast_variance, "as LayerNorm takes it", given=FLOAT),
+    add("LayerNorm by a sample's variance", sample_variance, "divides by n - 1", of=ADD_LAYER, given=FLOAT),
+    add("LayerNorm, eps outside the root", in_float32(lambda c, v: c / (torch.sqrt(v) + EPS)), "outside the root", of=ADD_LAYER, given=FLOAT),
+    add("LayerNorm, eps as a clamp", in_float32(lambda c, v: c * torch.rsqrt(v.clamp(min=EPS))), "bounded below", of=ADD_LAYER, given=FLOAT),
+    add("LayerNorm without a root", in_float32(lambda c, v: c / (v + EPS)), "power -1", of=ADD_LAYER, given=FLOAT),
+    add("LayerNorm of another root", in_float32(lambda c, v: c * torch.rsqrt(v + EPS), torch.abs), "as LayerNorm takes it", given=FLOAT),
+    add("LayerNorm of a mean over all rows", lambda x, r, w: F.layer_norm(r + reduce(x), (3, N)), "over dimensions 1 and 2", of=ADD_LAYER, given=FLOAT),
+    add("a root that is of the centred sum and multiplies the sum", not_centred, "minus its mean and multiplies", of=ADD_LAYER, given=FLOAT),
+    add("another tensor's mean", another_mean, "minus its mean and multiplies sub", of=ADD_LAYER, given=FLOAT),
+    add("LayerNorm of a scaled sum", lambda x, r, w: F.layer_norm(2 * (r + reduce(x)), (N,), w, eps=EPS), "scaled by 2", of=ADD_LAYER, given=FLOAT),
+    add("LayerNorm, eps given at run time", lambda x, r, w, e: (c := (s := r + reduce(x)) - s.mean(-1, keepdim=True)) * torch.rsqrt(c.pow(2).mean(-1, keepdim=True) + e), "run time", of=ADD_LAYER, given=AT_RUN_TIME),
+    add("LayerNorm, its mean used elsewhere", saved_statistics, "inside the chain is used by", of=ADD_LAYER, given=FLOAT),
+    add("LayerNorm over heads", lambda x, r, w: F.layer_norm((r + reduce(x)).view(2, 3, 2, N // 2), (N // 2,)), "16 becomes 8", of=ADD_LAYER),
     # the mean
     add("mean over another dimension", over_rows, "dimension 1", given=FLOAT),
     add("mean over two dimensions", over_everything, "dimensions 1 and 2", given=FLOAT),
@@ -185,8 +227,10 @@ NEAR_MISSES = [
     add("gated branch", lambda x, r, w: norm(r + reduce(x) * torch.sigmoid(r), w), "followed by mul"),
     add("layer scale", lambda x, r, w: norm(r + reduce(x) * w, w), "followed by mul"),
     add("broadcast residual", lambda x, r, w: norm(r[:1] + reduce(x), w), "shape [1, 3, 16]", given=FLOAT),
-    add("a sum with a bias that the model also uses", lambda x, r, w: (norm(s := r + (i := reduce(x) + w), w), s, i * 2), "shape [16]", given=FLOAT),
-    add("a bias as the residual", lambda x, r, w: norm(reduce(x) + w, w), "shape [16]", given=FLOAT),
+    add("a sum with a bias that the model also uses", lambda x, r, w: (norm(s := r + (i := reduce(x) + w), w), s, i * 2), "shape [16]", stands=BIAS, given=FLOAT),
+    add("a bias as the residual", lambda x, r, w: norm(reduce(x) + w, w), "shape [16]", stands=BIAS, given=FLOAT),
+    add("a bias of one element", lambda x, r, w: norm(reduce(x) + w[:1], w), "followed by add", given=FLOAT),
+    NearMiss("a scaled bias", lambda x, r, w: torch.add(reduce(x), w, alpha=2), BARE, "followed by add", of=BIAS, given=FLOAT),
     add("a number as the residual", lambda x, r, w: norm(reduce(x) + 1.0, w), "followed by add", given=FLOAT),
     add("residual added after the norm", norm_and_then_residual, "is normed before anything is added to it", stands=PLAIN),
     add("multiplied instead of added", lambda x, r, w: norm(r * reduce(x), w), "followed by mul", given=FLOAT),

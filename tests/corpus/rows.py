@@ -4,6 +4,7 @@ import pytest
 
 from tests.corpus import (
     all_reduces,
+    layer_norms,
     near_misses,
     norms,
     quantisation,
@@ -12,7 +13,7 @@ from tests.corpus import (
     shapes,
 )
 
-TOPICS = (norms, residuals, all_reduces, quantisation, shapes, near_misses)
+TOPICS = (norms, layer_norms, residuals, all_reduces, quantisation, shapes, near_misses)
 CASES = [
     pytest.param(case, id=f"{topic.__name__.rpartition('.')[2]}: {case.name}")
     for topic in TOPICS

@@ -15,27 +15,29 @@ def fused_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: floa
     return kernels.all_reduce_add_rms_norm(x, residual, weight, eps, process_group(group))
 
 
-@torch.library.custom_op("fusion_acme::all_reduce_add_layer_norm", mutates_args=())
-def fused_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("fusion_acme::all_reduce_add_dynamic_tanh", mutates_args=())
+def fused_dynamic_tanh(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, alpha: float, group: str
+) -> tuple[Tensor, Tensor]:
     from fusion_acme import kernels
 
-    return kernels.all_reduce_add_layer_norm(x, residual, weight, eps, process_group(group))
+    return kernels.all_reduce_add_dynamic_tanh(x, residual, weight, bias, alpha, process_group(group))
 
 
 @fused_rms_norm.register_fake
-@fused_layer_norm.register_fake
-def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, group: str) -> tuple[Tensor, Tensor]:
+@fused_dynamic_tanh.register_fake
+def _(x: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
 
 
-@torch.library.custom_op("fusion_acme::layer_norm", mutates_args=())
-def layer_norm(hidden: Tensor, gamma: Tensor, epsilon: float = 1e-5) -> Tensor:
-    """The operator that a model written for Acme calls."""
+@torch.library.custom_op("fusion_acme::dynamic_tanh", mutates_args=())
+def dynamic_tanh(hidden: Tensor, gamma: Tensor, beta: Tensor, alpha: float = 0.5) -> Tensor:
+    """Dynamic Tanh, which replaces a norm (Zhu et al. 2025): the operator that a model written for Acme calls."""
     from fusion_acme import kernels
 
-    return kernels.layer_norm(hidden, gamma, epsilon)
+    return kernels.dynamic_tanh(hidden, gamma, beta, alpha)
 
 
-@layer_norm.register_fake
-def _(hidden: Tensor, gamma: Tensor, epsilon: float = 1e-5) -> Tensor:
+@dynamic_tanh.register_fake
+def _(hidden: Tensor, gamma: Tensor, beta: Tensor, alpha: float = 0.5) -> Tensor:
     return torch.empty_like(hidden)

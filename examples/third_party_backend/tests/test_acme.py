@@ -31,7 +31,7 @@ def test_both_places_of_the_model_run_on_acme(model):
     sites = [(site.pattern, site.strategy) for site in fusion_core.last_report().sites]
     assert sites == [
         ("all_reduce_add_rms_norm", "acme.rms_norm"),
-        ("all_reduce_add_layer_norm", "acme.layer_norm"),
+        ("all_reduce_add_dynamic_tanh", "acme.dynamic_tanh"),
     ]
 
 
@@ -39,7 +39,7 @@ def test_a_size_that_the_kernels_do_not_take_is_refused_with_the_reason(model):
     assert model.run(size=20) < 1e-5
     report = fusion_core.last_report()
     assert [site.strategy for site in report.sites] == ["reference.all_reduce_add_rms_norm", "reference.all_reduce"]
-    for site, name in zip(report.sites, ("acme.rms_norm", "acme.layer_norm"), strict=True):
+    for site, name in zip(report.sites, ("acme.rms_norm", "acme.dynamic_tanh"), strict=True):
         (decision,) = [decision for decision in site.decisions if decision.strategy == name]
         assert [str(reason) for reason in decision.reasons] == ["x.shape[-1] is 20, needs a multiple of 8"]
 

@@ -80,7 +80,6 @@ class Family:
 
 SCALED_EMBEDDING = "the embedding's sum is scaled before it is normed"
 BARE_EMBEDDING = "the embedding's sum goes into the first layer without a norm"
-LAYER_NORM = "LayerNorm"
 SCALED_BRANCHES = "the embedding's sum and the sum of each branch are scaled before they are added"
 GATED_EXPERT = "the shared expert's sum is multiplied by a gate for each token"
 EACH_EXPERT = "what each expert gives is summed over the ranks, and over the experts only then"
@@ -119,14 +118,14 @@ FAMILIES: dict[str, Family] = {
         {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.25},
         SCALED_BRANCHES,
     ),
-    "cohere": Family("CohereConfig", {**PADDING, "logit_scale": 1.0}, LAYER_NORM),
-    "cohere2": Family("Cohere2Config", {**PADDING, "logit_scale": 1.0}, LAYER_NORM),
-    "phi": Family("PhiConfig", why=LAYER_NORM),
-    "gpt_neox": Family("GPTNeoXConfig", why=LAYER_NORM),
+    "cohere": Family("CohereConfig", {**PADDING, "logit_scale": 1.0}),
+    "cohere2": Family("Cohere2Config", {**PADDING, "logit_scale": 1.0}),
+    "phi": Family("PhiConfig"),
+    "gpt_neox": Family("GPTNeoXConfig"),
     "afmoe": Family("AfmoeConfig", {**USUAL, **WINDOW, **EXPERTS, "num_dense_layers": 0}),
     "apertus": Family("ApertusConfig", PADDING),
     "arcee": Family("ArceeConfig", USUAL),
-    "cohere2_moe": Family("Cohere2MoeConfig", {**USUAL, **WINDOW, **EXPERTS}, LAYER_NORM),
+    "cohere2_moe": Family("Cohere2MoeConfig", {**USUAL, **WINDOW, **EXPERTS, "logit_scale": 1.0}),
     "cwm": Family("CwmConfig", {**USUAL, **WINDOW}),
     "deepseek_v2": Family("DeepseekV2Config", {**USUAL, **ROUTED, **MLA, **EVERY_LAYER}),
     "deepseek_v32": Family("DeepseekV32Config", {**USUAL, **ROUTED, **MLA, **EVERY_LAYER}),
@@ -145,18 +144,18 @@ FAMILIES: dict[str, Family] = {
     "helium": Family("HeliumConfig", USUAL),
     "hunyuan_v1_moe": Family("HunYuanMoEV1Config", {**USUAL, "num_experts": 4, "moe_topk": 4}),
     "hyperclovax": Family("HyperCLOVAXConfig", USUAL),
-    "jais2": Family("Jais2Config", USUAL, LAYER_NORM),
+    "jais2": Family("Jais2Config", USUAL),
     "minicpm3": Family("MiniCPM3Config", {**USUAL, **MLA}, SCALED_BRANCHES),
     "minimax": Family("MiniMaxConfig", {**USUAL, **LOCAL, "sliding_window": None}),
     "minimax_m2": Family("MiniMaxM2Config", {**USUAL, **LOCAL}),
     "ministral": Family("MinistralConfig", {**USUAL, **WINDOW}),
     "ministral3": Family("Ministral3Config", {**USUAL, "sliding_window": None}),
     "nanochat": Family("NanoChatConfig", PADDING),
-    "nemotron": Family("NemotronConfig", USUAL, LAYER_NORM),
-    "olmo": Family("OlmoConfig", PADDING, LAYER_NORM),
+    "nemotron": Family("NemotronConfig", USUAL),
+    "olmo": Family("OlmoConfig", PADDING),
     "olmo3": Family("Olmo3Config", {**PADDING, **WINDOW}, BARE_EMBEDDING),
     "olmoe": Family("OlmoeConfig", {**PADDING, **FEW}),
-    "phimoe": Family("PhimoeConfig", {**PADDING, **LOCAL, "sliding_window": None}, LAYER_NORM),
+    "phimoe": Family("PhimoeConfig", {**PADDING, **LOCAL, "sliding_window": None}),
     "qwen3_5": Family("Qwen3_5TextConfig", {**USUAL, **LINEAR}),
     "qwen3_next": Family(
         "Qwen3NextConfig", {**USUAL, **EXPERTS, **LINEAR, "shared_expert_intermediate_size": 64}, GATED_EXPERT
@@ -164,7 +163,7 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": Family("SeedOssConfig", USUAL),
     "smollm3": Family("SmolLM3Config", {**PADDING, "sliding_window": None}),
     "solar_open": Family("SolarOpenConfig", {**USUAL, **ROUTED}),
-    "starcoder2": Family("Starcoder2Config", {**PADDING, "sliding_window": None}, LAYER_NORM),
+    "starcoder2": Family("Starcoder2Config", {**PADDING, "sliding_window": None}),
     "vaultgemma": Family("VaultGemmaConfig", {**SOFTCAP, **WINDOW}, SCALED_EMBEDDING),
     "youtu": Family("YoutuConfig", {**PADDING, **MLA}),
 }

@@ -28,6 +28,9 @@ ADD = ("all_reduce_add_rms_norm", ("normed", "residual_out"))
 LAST = ("all_reduce_add_rms_norm", ("normed",))
 SANDWICH = ("all_reduce_rms_norm_add_rms_norm", ("normed", "residual_out"))
 LAST_SANDWICH = ("all_reduce_rms_norm_add_rms_norm", ("normed",))
+FIRST_LAYER = ("all_reduce_layer_norm", ("normed", "reduced"))
+ADD_LAYER = ("all_reduce_add_layer_norm", ("normed", "residual_out"))
+LAST_LAYER = ("all_reduce_add_layer_norm", ("normed",))
 QUERIES_AND_KEYS = ("sharded_rms_norm_pair", ("normed", "y_normed"))
 VALUES = ("all_gather_shard", ("shard",))
 GATHERED = (QUERIES_AND_KEYS, VALUES)
@@ -57,10 +60,9 @@ UNNORMED = {(0,): ("structure", "needs rms_norm of it")}
 POST_NORM = Row((BARE, NORM, NORM, NORM, LAST_SANDWICH), refused=UNNORMED)
 POST_NORM_GATHERED = Row((BARE, *GATHERED, NORM, NORM, *GATHERED, NORM, LAST_SANDWICH), refused=UNNORMED)
 PRE_NORM_GATHERED = Row((FIRST, *GATHERED, ADD, ADD, *GATHERED, ADD, LAST))
-BY_MEAN = ("mean", "as LayerNorm takes it")
-SIDE_BY_SIDE = Row(3 * (BARE,), refused={(0, 1, 2): BY_MEAN}, merges=LAYERS)  # attention and MLP
+SIDE_BY_SIDE = Row((FIRST_LAYER, ADD_LAYER, LAST_LAYER), merges=LAYERS)  # attention and MLP
 SCALED_EMBEDDING = {(0,): ("scaled", "of what is scaled by")}  # by a constant that is a tensor of the model
-MEAN_EVERYWHERE = Row(5 * (BARE,), refused={(0, 1, 2, 3, 4): BY_MEAN})
+LAYER_NORM = Row((FIRST_LAYER, ADD_LAYER, ADD_LAYER, ADD_LAYER, LAST_LAYER))
 WHOLE_ATTENTION = Row((FIRST, ADD, LAST))  # attention is whole on every rank
 SCALED_EVERYWHERE = Row(5 * (BARE,), refused={(0, 1, 2, 3, 4): ("scaled", "scaled by")})
 SUMMED_AFTERWARDS = ("structure", "is followed by sum")
@@ -86,9 +88,9 @@ ROWS = {
     "granite": Row(5 * (BARE,), refused={(0,): ("scaled", "scaled by 12"), (1, 2, 3, 4): ("scaled", "scaled by")}),
     "cohere": SIDE_BY_SIDE,
     "cohere2": SIDE_BY_SIDE,
-    "phi": Row(3 * (BARE,), refused={(0, 1, 2): BY_MEAN}, merges=LAYERS),
+    "phi": SIDE_BY_SIDE,
     # its plan leaves the embedding whole
-    "gpt_neox": Row(2 * (BARE,), refused={(0, 1): BY_MEAN}, merges=LAYERS),
+    "gpt_neox": Row((ADD_LAYER, LAST_LAYER), merges=LAYERS),
     # attention is whole on every rank; what is added to the experts' sum is the shared expert's
     "afmoe": Row((FIRST, LAST, LAST)),
     "apertus": PRE_NORM,
@@ -113,7 +115,7 @@ ROWS = {
     "helium": PRE_NORM,
     "hunyuan_v1_moe": WHOLE_ATTENTION,
     "hyperclovax": Row((FIRST, SANDWICH, SANDWICH, SANDWICH, LAST_SANDWICH)),
-    "jais2": MEAN_EVERYWHERE,
+    "jais2": LAYER_NORM,
     "minicpm3": SCALED_EVERYWHERE,
     # its plan leaves the embedding whole; the norm's result is the residual
     "minimax": Row((NORM, LAST, LAST, LAST)),
@@ -121,17 +123,17 @@ ROWS = {
     "ministral": PRE_NORM,
     "ministral3": PRE_NORM,
     "nanochat": Row((NORM, ADD, ADD, ADD, LAST)),  # the embedding is normed before it is the residual
-    "nemotron": MEAN_EVERYWHERE,
-    "olmo": MEAN_EVERYWHERE,
+    "nemotron": dataclasses.replace(LAYER_NORM, weight_bias=1.0),
+    "olmo": LAYER_NORM,
     "olmo3": POST_NORM_GATHERED,
     "olmoe": PRE_NORM_GATHERED,
-    "phimoe": Row(3 * (BARE,), refused={(0, 1, 2): BY_MEAN}),
+    "phimoe": Row((FIRST_LAYER, ADD_LAYER, LAST_LAYER)),  # attention is whole on every rank
     "qwen3_5": Row((FIRST, ADD, LAST), 1.0),  # linear attention is whole on every rank
     "qwen3_next": Row((FIRST, BARE, ADD, BARE, LAST), 1.0, {(1, 3): ("factor", "is broadcast by mul")}),
     "seed_oss": PRE_NORM,
     "smollm3": PRE_NORM,
     "solar_open": PRE_NORM,
-    "starcoder2": MEAN_EVERYWHERE,
+    "starcoder2": LAYER_NORM,
     "vaultgemma": Row((BARE, ADD, ADD, ADD, LAST), 1.0, SCALED_EMBEDDING),
     "youtu": WHOLE_ATTENTION,
 }

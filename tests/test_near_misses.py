@@ -84,7 +84,10 @@ def dead_end(x: Tensor, r: Tensor, w: Tensor) -> Any:
 
 
 MISSES: dict[str, tuple[Model, list[list[str]]]] = {
-    "a LayerNorm later": (layer_norm_later, [[f"{PLAIN}: all_reduce is followed by mm, needs add, layer_norm or rms_norm of it"]]),
+    "a LayerNorm later": (
+        layer_norm_later,
+        [[f"{PLAIN}: all_reduce is followed by mm, needs add, layer_norm or rms_norm of it"]],
+    ),
     "a LayerNorm of the residual stream": (layer_norm_of_the_residual_stream, [[]]),
     "a LayerNorm here": (lambda x, r, w: layer_norm(r + reduce(x), w), [[]]),
     "a GroupNorm here": (
@@ -96,7 +99,9 @@ MISSES: dict[str, tuple[Model, list[list[str]]]] = {
         [[f"{ADD}: var is a variance about the mean, as LayerNorm takes it, needs a mean of squares"]],
     ),
     "nearly a LayerNorm": (
-        lambda x, r, w: (c := (h := (r + reduce(x)).float()) - h.mean(-1, True)) / (c.square().mean(-1, True).sqrt() + EPS),
+        lambda x, r, w: (
+            (c := (h := (r + reduce(x)).float()) - h.mean(-1, True)) / (c.square().mean(-1, True).sqrt() + EPS)
+        ),
         [[f"{ADD_LAYER}: 1e-05 is added outside the root, needs an epsilon inside it"]],
     ),
     "a bias and nothing more": (

@@ -22,6 +22,7 @@ def given(one_rank: str) -> dict[str, Any]:
 def arguments(pattern: Any, given: dict[str, Any]) -> dict[str, Any]:
     extra = {"scale": torch.tensor(0.01), "global_scale": torch.tensor(100.0), "post_eps": 1e-3}
     extra |= {"post_weight": given["weight"].flip(0), "y": given["residual"], "y_weight": given["weight"].flip(0)}
+    extra |= {"bias": given["weight"] - 0.5}
     return {name: value for name, value in {**given, **extra}.items() if name in pattern.parameters}
 
 
@@ -82,8 +83,8 @@ def test_missing_and_unknown_arguments_show_the_definition(given: dict[str, Any]
 
 
 def test_an_unknown_pattern_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="all_reduce_layer_norm"):
-        ops.all_reduce_layer_norm  # noqa: B018
+    with pytest.raises(AttributeError, match="all_reduce_group_norm"):
+        ops.all_reduce_group_norm  # noqa: B018
 
 
 def test_with_no_backend_the_error_lists_why(given: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ class Sums:
         self._position = position
         self._misses = misses
         self._pairs: dict[fx.Node, Term] = {}
-        self._addends: dict[fx.Node, tuple[Addend, Addend]] = {}
+        self._addends: dict[fx.Node, tuple[Addend, ...]] = {}
 
     def pair(self, node: fx.Node) -> Term | None:
         """The sum of two tensors that a node is, as it is spelled; None for another node."""

@@ -28,8 +28,8 @@ def test_one_pattern_is_shown_whole(run):
 
 
 def test_an_unknown_pattern(run):
-    error = run("patterns", "all_reduce_layer_norm", status=2).stderr
-    assert "'all_reduce_layer_norm' is unknown, needs one of all_reduce, all_reduce_rms_norm" in error
+    error = run("patterns", "all_reduce_group_norm", status=2).stderr
+    assert "'all_reduce_group_norm' is unknown, needs one of all_reduce, all_reduce_bias, all_reduce_rms_norm" in error
 
 
 def test_support(run):

@@ -90,7 +90,7 @@ def test_where_nothing_is_required(registry):
     rows = _rows(support_table(registry))
     assert rows["`acme.slow` (`all_reduce`)"] == ["reduced", "nothing"]
     assert rows["`acme.fast` (`all_reduce`)"] == ["reduced", "world size 2 or 4"]
-    assert rows["`reference.all_reduce_rms_norm`"] == ["normed, reduced", "nothing"]
+    assert rows["`reference.all_reduce_bias`"] == ["sum, reduced", "nothing"]
 
 
 def test_what_all_strategies_require_is_said_once(monkeypatch):

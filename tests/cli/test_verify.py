@@ -30,9 +30,9 @@ def test_a_right_backend_passes_and_every_check_has_a_line(run):
     text = run("verify", "reference", "--examples", "2", *FEW).stdout
     assert "accepts its own example" in text
     lines = [line for line in text.splitlines() if line.startswith("reference.")]
-    assert len(lines) == 20
+    assert len(lines) == 23
     assert all(line.split()[2:] == ["ok", "ok"] for line in lines)
-    assert "40 of 40 checks passed, 0 failed" in text
+    assert "46 of 46 checks passed, 0 failed" in text
 
 
 def test_json(run):

@@ -149,9 +149,10 @@ def _miss(model: str, fault: str, expected: str, *, slow: bool = True) -> Fault:
 
 
 ROWS = (
-    _miss("a LayerNorm later", "a LayerNorm stands two projections on", ".*followed by mm, needs add or rms_norm of it"),
+    _miss("a LayerNorm later", "a LayerNorm stands two projections on", ".*followed by mm, needs add, layer_norm or rms_norm of it"),
     _miss("a LayerNorm of the residual stream", "the next sum is normed by LayerNorm", "no near miss"),
-    _miss("a LayerNorm here", "the sum itself is normed by LayerNorm", ".*as LayerNorm takes it.*"),
+    _miss("a LayerNorm here", "the sum itself is normed by LayerNorm", "no near miss"),
+    _miss("nearly a LayerNorm", "a LayerNorm's epsilon is outside the root", ".*layer_norm: .*outside the root.*"),
     _miss("a slice of its own result", "a matched place's result is cut", "no near miss"),
     _miss("a slice beside a clamp", "a clamp, and the last token cut out", ".*add is followed by clamp, needs.*"),
     _miss("a slice of its own norm", "the last token of a norm, and FP8 codes elsewhere", "no near miss"),

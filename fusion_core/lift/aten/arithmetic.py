@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusion_core.lift.algebra import Biased, Centred, Mean, Product, dtype_of, one_element, same_shape, same_size, shape_of
+from fusion_core.lift.algebra import (
+    Biased,
+    Centred,
+    Mean,
+    Product,
+    dtype_of,
+    one_element,
+    same_shape,
+    same_size,
+    shape_of,
+)
 from fusion_core.lift.norm import is_of_layer_norm, lies_along
 from fusion_core.lift.rules import FLOATS, Read, Rule, Rules
 from fusion_core.reason import Reason

@@ -35,11 +35,12 @@ class Rules(dict[Any, Rule]):
 
 
 def is_cheap(node: fx.Node) -> bool:
-    """Whether a node is a view or elementwise."""
+    """Whether a node is a view, a copy or elementwise."""
     if not isinstance(node.target, OpOverload):
         return False
     is_view = any(value.alias_info is not None for value in schema_of(node.target).returns)
-    return not node.is_impure() and (is_view or torch.Tag.pointwise in node.target.tags)
+    is_elementwise = torch.Tag.pointwise in node.target.tags or node.target is torch.ops.aten.copy.default
+    return not node.is_impure() and (is_view or is_elementwise)
 
 
 def called(node: fx.Node) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.corpus.case import (
@@ -137,6 +138,13 @@ def bias_in_place(x: Tensor, r: Tensor, w: Tensor) -> Any:
     return total
 
 
+def bias_in_place_with_other_strides(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    """`all_reduce` into a transposed tensor, whose strides the sum then has."""
+    total = x.transpose(0, 1).contiguous().transpose(0, 1) * 1
+    dist.all_reduce(total)
+    return total + w, total
+
+
 with_both = torch.nn.LayerNorm(N, EPS, dtype=torch.bfloat16, device=DEVICE).requires_grad_(False)
 with_both.weight.copy_(Given()()[2])
 with_both.bias.copy_(_bias())
@@ -213,6 +221,7 @@ CASES = [
     Case("bias as [1, 1, n]", lambda x, r, w: reduce(x) + w[None, None], BIAS, SUM),
     Case("bias of a flattened sum", lambda x, r, w: (reduce(x).view(-1, N) + w).view(x.shape), BIAS, SUM),
     Case("bias in place", bias_in_place, BIAS, SUM),
+    Case("bias of a sum in place, with other strides, the sum live", bias_in_place_with_other_strides, BIAS, SUM | REDUCED),
     Case("bias of float32", lambda x, r, w: reduce(x) + w, BIAS, SUM, {}, Given(weight=torch.float32)),
     Case("bias, rounded to the sum's dtype", lambda x, r, w: reduce(x) + w.to(x.dtype), BIAS, SUM, {}, Given(weight=torch.float32)),
     Case("bias, the sum live", lambda x, r, w: ((a := reduce(x)) + w, a * 2), BIAS, SUM | REDUCED),

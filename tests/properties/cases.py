@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
 Norm = Callable[[Tensor, Tensor | None, float, float], Tensor]
+LayerNorm = Callable[[Tensor, Tensor | None, Tensor | None, float, float], Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A place in a model: ``all_reduce [+ residual] [→ norm]``, how it is written, and with what it is run.
+    """A place in a model: ``all_reduce [+ residual] [→ norm]`` or ``all_reduce + bias``, and how it is written and run.
 
     Attributes:
         pattern: Name of the pattern that is written down.
@@ -24,7 +25,7 @@ class Case:
         dtype: Of the all_reduce's operand.
         residual_dtype: Of the residual; ``dtype`` or float32.
         layout: ``"contiguous"``, ``"transposed"`` or ``"sliced"``, of the operand; the residual has the next one.
-        eps: Added to the mean of squares.
+        eps: Added to the mean of squares, or to the variance.
         weight: ``"none"``, ``"same"`` (as what is normed) or ``"float32"``.
         weight_bias: Added to the weight.
         spelling: Name of the function in `SPELLINGS` that norms.
@@ -36,6 +37,7 @@ class Case:
         dynamic: The first dimension is symbolic.
         seed: Of the random numbers.
         world_size: Ranks.
+        bias: Whether a LayerNorm has one.
     """
 
     pattern: str
@@ -55,6 +57,7 @@ class Case:
     dynamic: bool
     seed: int
     world_size: int
+    bias: bool = False
 
     @property
     def has_residual(self) -> bool:
@@ -62,7 +65,11 @@ class Case:
 
     @property
     def has_norm(self) -> bool:
-        return "rms_norm" in self.pattern
+        return "norm" in self.pattern
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias or self.pattern == "all_reduce_bias"
 
     @property
     def normed_input(self) -> torch.dtype:
@@ -72,7 +79,9 @@ class Case:
     @property
     def found(self) -> str:
         """The pattern that stands in the compiled graph, where what nobody uses is gone."""
-        return self.pattern if "normed" in self.live or not self.has_norm else "all_reduce"
+        if self.pattern == "all_reduce_bias" and len(self.shape) == 1:  # a vector of its own shape is no bias
+            return "all_reduce"
+        return self.pattern if {"normed", "sum"} & {*self.live} else "all_reduce"
 
     @property
     def found_live(self) -> set[str]:
@@ -151,9 +160,46 @@ SPELLINGS: dict[str, Norm] = {
 }  # fmt: skip
 
 
+def _affine(normed: Tensor, weight: Tensor | None, shift: Tensor | None, bias: float) -> Tensor:
+    if weight is not None:
+        normed = normed * _scale(weight.to(normed.dtype), bias)
+    return normed if shift is None else normed + shift.to(normed.dtype)
+
+
+def torchs_own(h: Tensor, weight: Tensor | None, shift: Tensor | None, bias: float, eps: float) -> Tensor:
+    """``torch.nn.functional.layer_norm``."""
+    return F.layer_norm(h, h.shape[-1:], None if weight is None else _scale(weight, bias), shift, eps)
+
+
+def cohere(h: Tensor, weight: Tensor | None, shift: Tensor | None, bias: float, eps: float) -> Tensor:
+    """Cohere's: all of it in float32, and one rounding at the end."""
+    wide = h.float()
+    mean = wide.mean(-1, keepdim=True)
+    variance = (wide - mean).pow(2).mean(-1, keepdim=True)
+    return _affine((wide - mean) * torch.rsqrt(variance + eps), weight, shift, bias).to(h.dtype)
+
+
+def rounded_first(h: Tensor, weight: Tensor | None, shift: Tensor | None, bias: float, eps: float) -> Tensor:
+    """The norm is rounded before the weight and the bias."""
+    centred = h.float() - h.float().sum(-1, keepdim=True) / h.shape[-1]
+    normed = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps)
+    return _affine(normed.to(h.dtype), weight, shift, bias)
+
+
+def by_its_variance(h: Tensor, weight: Tensor | None, shift: Tensor | None, bias: float, eps: float) -> Tensor:
+    """The variance by torch's own function."""
+    wide = h.float()
+    normed = (wide - wide.mean(-1, keepdim=True)) * (wide.var(-1, correction=0, keepdim=True) + eps) ** -0.5
+    return _affine(normed, weight, shift, bias).to(h.dtype)
+
+
+LAYER_SPELLINGS: dict[str, LayerNorm] = {
+    norm.__name__: norm for norm in (torchs_own, cohere, rounded_first, by_its_variance)
+}
+
+
 def model(case: Case) -> Callable[..., tuple[Tensor, ...]]:
     """The function that a user would have written."""
-    norm = SPELLINGS[case.spelling]
 
     def reduce(x: Tensor) -> Tensor:
         if case.flattened:
@@ -165,14 +211,18 @@ def model(case: Case) -> Callable[..., tuple[Tensor, ...]]:
             reduced = funcol.all_reduce(x, "sum", dist.group.WORLD)
         return reduced
 
-    def run(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> tuple[Tensor, ...]:
+    def run(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
         values = {"reduced": reduce(x).reshape(x.shape)}
         hidden = values["reduced"]
         if residual is not None:
             hidden = residual + hidden if case.residual_first else hidden + residual
             values["residual_out"] = hidden
-        if case.has_norm:
-            values["normed"] = norm(hidden, weight, case.weight_bias, case.eps)
+        if case.pattern == "all_reduce_bias":
+            values["sum"] = hidden + bias
+        elif case.spelling in LAYER_SPELLINGS:
+            values["normed"] = LAYER_SPELLINGS[case.spelling](hidden, weight, bias, case.weight_bias, case.eps)
+        elif case.has_norm:
+            values["normed"] = SPELLINGS[case.spelling](hidden, weight, case.weight_bias, case.eps)
         return tuple(values[name] for name in case.live)
 
     return run
@@ -193,6 +243,7 @@ def tensors(case: Case) -> dict[str, Tensor | None]:
         if case.has_residual
         else None,
         "weight": weight.to(weight_dtype) if case.has_norm and case.weight != "none" else None,
+        "bias": torch.randn(hidden, generator=common).to(weight_dtype) if case.has_bias else None,
     }
 
 

@@ -196,7 +196,7 @@ def excess(fused: Tensor, unfused: Tensor, oracle: Tensor, dtype: torch.dtype) -
 
 def _copies(given: dict[str, Tensor | None], case: Case) -> list[Tensor | None]:
     """The inputs again, strides and all: a model that writes into them must not reach the next run."""
-    copies = [given["x"], given["residual"], given["weight"]]
+    copies = [given["x"], given["residual"], given["weight"], given["bias"]]
     copies = [
         None if tensor is None else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
         for tensor in copies

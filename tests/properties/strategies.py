@@ -9,15 +9,18 @@ import torch
 from hypothesis import strategies as st
 
 from fusion_core.patterns import CORE_PATTERNS
-from tests.properties.cases import SPELLINGS, Case
+from tests.properties.cases import LAYER_SPELLINGS, SPELLINGS, Case
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 VALUES = ("normal", "zeros", "zero row", "huge row", "spike", "tiny", "small")
 OUTPUTS = {pattern.name: pattern.outputs for pattern in CORE_PATTERNS}
 PLAIN = ("all_reduce", "all_reduce_rms_norm", "all_reduce_add_rms_norm")
+LAYER = ("all_reduce_layer_norm", "all_reduce_add_layer_norm")
 QUANTIZED = tuple(name for name in OUTPUTS if "quantized" in OUTPUTS[name])
 
 hidden_sizes = st.sampled_from((8, 1, 3, 20, 64, 100))
+# of three numbers two or all may be close to their mean: what is left of them in float32 is chance, with any kernel
+centred_sizes = st.sampled_from((8, 1, 20, 64, 100))
 epsilons = st.floats(math.log(1e-12), math.log(1e-1)).map(math.exp)
 leading_sizes = st.lists(st.integers(0, 5), max_size=3)
 
@@ -40,11 +43,16 @@ def cases(
     shape = draw(shapes(hidden))
     layout = draw(st.sampled_from(("contiguous", "transposed", "sliced")))
     dtype = draw(st.sampled_from(DTYPES))
-    weight = draw(st.sampled_from(("same", "float32", "none"))) if "rms_norm" in name else "none"
+    norm = "layer_norm" if "layer_norm" in name else "rms_norm" if "rms_norm" in name else None
+    weight = draw(st.sampled_from(("same", "float32", "none") if norm else ("same", "float32")))
     outputs = OUTPUTS[name]
     live = draw(st.sets(st.sampled_from(outputs), min_size=1))
-    # F.rms_norm takes a weight of the input's own dtype only
-    spellings = [spelling for spelling in SPELLINGS if spelling != "functional" or weight != "float32"]
+    # torch's own functions take a weight of the input's own dtype only
+    spellings = [
+        spelling
+        for spelling in (LAYER_SPELLINGS if norm == "layer_norm" else SPELLINGS)
+        if spelling not in ("functional", "torchs_own") or weight != "float32"
+    ]
     return Case(
         pattern=name,
         shape=shape,
@@ -64,6 +72,15 @@ def cases(
         dynamic=len(shape) > 1 and shape[0] > 1 and 0 not in shape and draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
         world_size=draw(st.sampled_from(world_sizes)),
+        bias=norm == "layer_norm" and draw(st.booleans()),
+    )
+
+
+def centred(**differing: Any) -> st.SearchStrategy[Case]:
+    """Places with a LayerNorm, or with a bias alone."""
+    return st.one_of(
+        cases(st.sampled_from(LAYER), centred_sizes, **differing),
+        cases(st.just("all_reduce_bias"), **differing),
     )
 
 

@@ -36,6 +36,8 @@ BASE = Case(
     world_size=2,
 )
 
+LAYER = dataclasses.replace(BASE, pattern="all_reduce_add_layer_norm", spelling="cohere", bias=True)
+
 
 def check(outcomes):
     """What holds on each rank whatever the way to the graph."""
@@ -55,7 +57,8 @@ def check_sites(case, sites, strategy):
     assert set(site.attributes["live"]) == case.found_live
     assert site.attributes["world_size"] == case.world_size
     assert site.attributes["inputs"]["x"].startswith(str(case.dtype).removeprefix("torch."))
-    if case.found == "all_reduce":
+    assert ("bias" in site.attributes["inputs"]) == (case.has_bias and case.found != "all_reduce")
+    if case.found in ("all_reduce", "all_reduce_bias"):
         return
     # F.rms_norm's own decomposition rounds eps to float32; a sum over n draws a factor out of it
     accuracy = 1e-7 if case.spelling == "functional" else 1e-12
@@ -70,6 +73,19 @@ def check_sites(case, sites, strategy):
 @given(case=strategies.cases())
 @example(case=dataclasses.replace(BASE, eps=0.1, values="small"))  # all hangs on eps
 def test_every_place_is_found_and_no_answer_gets_worse(pools, case):
+    outcomes = pools.run(case.world_size, jobs.up_to_the_graph, case)
+    check(outcomes)
+    for outcome in outcomes:
+        check_sites(case, outcome.sites, f"reference.{case.found}")
+        assert outcome.collectives == (1, 1)
+        check_sites(case, outcome.sites_without_backends, None)
+        assert outcome.untouched, "nothing was chosen, and the graph is another"
+
+
+@settings(max_examples=EXAMPLES)
+@given(case=strategies.centred())
+@example(case=dataclasses.replace(LAYER, eps=0.1, values="small"))
+def test_every_layer_norm_and_every_bias_is_found_and_no_answer_gets_worse(pools, case):
     outcomes = pools.run(case.world_size, jobs.up_to_the_graph, case)
     check(outcomes)
     for outcome in outcomes:
@@ -97,8 +113,9 @@ def test_a_quantised_pattern_called_by_hand_is_no_worse_than_its_words(pools, dr
     check(pools.run(case.world_size, jobs.eagerly, case, options))
 
 
+@pytest.mark.parametrize("case", [BASE, LAYER], ids=lambda case: case.pattern)
 @pytest.mark.parametrize(("factor", "holds"), [(1.0, True), (1.01, False)])
-def test_the_bound_notices_another_epsilon(pools, factor, holds):
-    for excess in pools.run(2, jobs.with_another_eps, BASE, factor):
+def test_the_bound_notices_another_epsilon(pools, case, factor, holds):
+    for excess in pools.run(2, jobs.with_another_eps, case, factor):
         assert excess["residual_out"] <= 1.0
         assert (excess["normed"] <= 1.0) == holds

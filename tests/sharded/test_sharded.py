@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fusion_core.testing import CHECKS, subjects
 from fusion_core.workers import WorkerPool
 from tests.sharded import layers
-from tests.support import profiles
+from tests.support.oracle import check_examples
 
 NORM, PAIR, IDENTITY = "sharded_rms_norm", "sharded_rms_norm_pair", "all_gather_shard"
 ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
@@ -146,8 +145,4 @@ def test_a_graph_of_another_rank_is_an_error(pool: WorkerPool) -> None:
 
 @pytest.mark.parametrize("name", [NORM, PAIR, IDENTITY, "all_reduce_rms_norm_add_rms_norm"])
 def test_examples_against_float64(name: str) -> None:
-    """200 of each: the check makes twice as many as it is given."""
-    number = 1000 if profiles.current() == "nightly" else 100
-    (subject,) = (each for each in subjects("reference", examples=number) if each.name == f"reference.{name}")
-    (check,) = (each for each in CHECKS if each.name == "equals_the_oracle_where_it_accepts")
-    check.run(subject)
+    check_examples(name)

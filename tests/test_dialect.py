@@ -125,7 +125,7 @@ def test_a_reading_with_an_argument_that_the_operator_lacks_is_an_error_that_sho
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"word": "rmsnorm"}, "the word is 'rmsnorm', needs one of add, all_gather_shard, all_reduce, "),
+        ({"word": "rmsnorm"}, "the word is 'rmsnorm', needs one of add, add_bias, all_gather_shard, all_reduce, "),
         ({"constants": {"weight_bias": 0.0}}, r"lacks \['dtype'\] and has \[\] too many, needs rms_norm\("),
         ({"constants": {"weight_bias": 0.0, "dtype": None, "bias": 1}}, r"has \['bias'\] too many"),
         ({"results": ("result",)}, r"gives \('result',\), needs \('normed',\)"),

@@ -21,7 +21,7 @@ from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.vocabulary.fp4 import dequantize_mxfp4, dequantize_nvfp4
 from tests.corpus import judging
 from tests.corpus.batches import Outcome, given, together
-from tests.corpus.case import ADD, BARE, SANDWICH, WIDE, Case, Given, reduce
+from tests.corpus.case import BARE, BIAS, SANDWICH, WIDE, Case, Given, layer_norm, reduce
 from tests.corpus.placing import Placed, named, placed
 from tests.dialects.test_flashinfer import MXFP4, quantize
 from tests.properties.jobs import excess
@@ -34,13 +34,17 @@ def chain(pattern: str) -> Callable[..., Any]:
     kind = pattern.rpartition("rms_norm")[2].removeprefix("_")
 
     def model(x: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
-        total = r + reduce(x) if pattern.startswith(ADD) else reduce(x)
+        total = r + reduce(x) if "_add_" in pattern and pattern != SANDWICH else reduce(x)
         if pattern == SANDWICH:
             total = r + w * (torch.rsqrt(total.float().pow(2).mean(-1, keepdim=True) + 1e-6) * total.float()).to(
                 total.dtype
             )
         if pattern == BARE:
             return total * 2
+        if pattern == BIAS:
+            return total + w
+        if "layer_norm" in pattern:
+            return layer_norm(total, w, w), total
         wide = total.float()
         n = w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(total.dtype)
         if not kind:

@@ -24,7 +24,7 @@ def check(case: Case, own: Registry, tokens: int = TOKENS) -> None:
     site = fused.site
     assert (site.pattern, site.strategy) == (case.pattern, f"own.{case.pattern}")
     assert set(site.attributes["live"]) == set(case.live.split())
-    assert site.attributes["collective"] == "vllm::all_reduce"
+    assert site.attributes["collective"] == case.collective
     if "eps" in site.attributes:
         expected = {"eps": EPS, "weight_bias": 0.0, "norm_dtype": None, **case.differing}
         assert {key: site.attributes[key] for key in expected} == expected

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.dialects.vllm_groups import HANDLE
 from tests.dialects.vllm_operators import FP8, fp4_buffers
 
 TOKENS, N = 6, 256
@@ -39,6 +40,12 @@ def codes_like(x: Tensor) -> Tensor:
 
 def ir_norm(x, r, w, s, g):
     a = reduce(x)
+    return ir.rms_norm(a, w, EPS), a
+
+
+def norm_of_shared_memory(x, r, w, s, g):
+    a = x * 1
+    c.shm_allreduce(HANDLE, a)
     return ir.rms_norm(a, w, EPS), a
 
 
@@ -200,10 +207,12 @@ class Case:
     pattern: str
     live: str
     differing: dict[str, Any] = field(default_factory=dict)
+    collective: str = "vllm::all_reduce"
 
 
 FLOAT_GROUPS = {"scale_format": "float32", "min_scale": pytest.approx(1e-10 / 448)}
 CASES = {
+    "_C::shm_allreduce": Case(norm_of_shared_memory, PLAIN, "normed reduced", collective="_C::shm_allreduce"),
     "_C::rms_norm": Case(c_norm, PLAIN, "normed reduced"),
     "_C::fused_add_rms_norm": Case(c_add_norm, ADD, "normed residual_out"),
     "_C::static_scaled_fp8_quant": Case(static_fp8, f"{ADD}_static_fp8", "quantized residual_out"),

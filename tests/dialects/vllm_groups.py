@@ -6,10 +6,12 @@ import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch.distributed as dist
 
+HANDLE = 3
+"""Of the memory that the ranks of a group share on a CPU."""
 PARALLEL_STATE = "vllm.distributed.parallel_state"
 
 
@@ -18,6 +20,7 @@ class Coordinator:
 
     def __init__(self, device_group: dist.ProcessGroup) -> None:
         self.device_group = device_group
+        self.device_communicator = SimpleNamespace(dist_module=SimpleNamespace(handle=HANDLE))
 
 
 @contextmanager

@@ -54,6 +54,15 @@ def _(tensor: Tensor, group_name: str) -> Tensor:
     return torch.empty_like(tensor)
 
 
+@define("_C::shm_allreduce(int handle, Tensor(a!) data) -> ()")
+def shm_allreduce(handle: int, data: Tensor) -> None:
+    """A CPU build's, in place."""
+    groups = [reference() for reference in sys.modules[PARALLEL_STATE]._groups.values()]  # type: ignore[attr-defined]
+    (group,) = {g.device_group for g in groups if g.device_communicator.dist_module.handle == handle}
+    reduced = torch.ops._c10d_functional.all_reduce(data, "sum", group.group_name)
+    data.copy_(torch.ops._c10d_functional.wait_tensor(reduced))
+
+
 # ---- norms
 
 

@@ -3,6 +3,7 @@
 python engine.py '{"model": FOLDER, "out": FILE, "additional": {...}, "compilation": {...}, ...}'
 """
 
+import importlib.util
 import json
 import os
 import sys
@@ -44,7 +45,7 @@ def main() -> None:
             [step[token].logprob for step, token in zip(o.logprobs, o.token_ids, strict=True)] for o in outputs
         ],
     }
-    if os.environ.get("VLLM_LAB"):
+    if importlib.util.find_spec("vllm_lab") is not None:
         from vllm_lab.asked import calls
 
         found["calls"] = llm.collective_rpc(calls)

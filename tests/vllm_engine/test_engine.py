@@ -25,6 +25,8 @@ SITES = 7  # of a Llama of three layers: the embedding's all_reduce, and two of 
 ON: dict[str, Any] = {"fusion_core": {}}
 PASS_ALONE = {"inductor_passes": {"post_grad_custom_post_pass": "fusion_vllm.fusion_pass"}}
 
+ADD = ("all_reduce_add_rms_norm", "lab.all_reduce_add_rms_norm")
+
 Run = Callable[..., dict[str, Any]]
 
 
@@ -161,6 +163,15 @@ def test_ranks_that_differ_run_unfused_and_right(run: Run, plain: Any) -> None:
     found = run(additional=ON, environment={"VLLM_LAB_WITHOUT": "VllmWorker-1"})
     assert_same_answers(found, plain("llama"))
     assert kernels(found) == [{}, {}]
+
+
+def test_stock_vllm_on_a_cpu_fuses_its_all_reduce_over_shared_memory(run: Run) -> None:
+    """Its own mode compiles the whole model at once, and reduces in place."""
+    stock = {"VLLM_LAB": ""}
+    plain, found = run(environment=stock), run(additional=ON, environment=stock)
+    assert_same_answers(found, plain)
+    assert [sum(each.values()) > 0 for each in kernels(found)] == [True, True]
+    assert sites(found) == 2 * [[("all_reduce_rms_norm", "lab.all_reduce_rms_norm")] + (SITES - 1) * [ADD]]
 
 
 def test_the_pass_alone_needs_no_plugin(run: Run, plain: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from fusion_core.lift.dialect import Dialect, Reading, Refusal
 from fusion_core.lift.dialects.quantization import fp8_dtype, group_scale_layout, one_scale, swizzled_or_linear
-from fusion_core.lift.dialects.vllm_groups import shared_groups, torch_group
+from fusion_core.lift.dialects.vllm_groups import shared_groups, shared_memory_group, torch_group
 from fusion_core.lift.operands import Check, Derived, Earlier, Only
 from fusion_core.reason import Reason
 from fusion_core.site import TensorMeta
@@ -156,6 +156,12 @@ COLLECTIVES: dict[str, Read] = {
         {"x": "tensor", "group": Derived(torch_group, "group_name")},
         results={"reduced": 0},
         notes={"collective": "vllm::all_reduce"},
+    ),
+    "_C::shm_allreduce": Reading(  # of a CPU build, in place
+        "all_reduce",
+        {"x": "data", "group": Derived(shared_memory_group, "handle")},
+        results={"reduced": "data"},
+        notes={"collective": "_C::shm_allreduce"},
     ),
 }
 

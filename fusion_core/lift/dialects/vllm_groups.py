@@ -24,6 +24,19 @@ def torch_group(name: object) -> str | Reason:
     return Reason("group", f"the process group is vLLM's {name!r}, which this process does not know", needs, "group")
 
 
+def shared_memory_group(handle: object) -> str | Reason:
+    """Torch's name of the group whose ranks reduce over the shared memory of a handle, or a reason.
+
+    Source: ``vllm/distributed/device_communicators/cpu_communicator.py``, ``_CPUSHMDistributed``.
+    """
+    for coordinator in _coordinators().values():
+        communicator = getattr(coordinator, "device_communicator", None)
+        own = getattr(getattr(communicator, "dist_module", None), "handle", None)
+        if own is not None and own == handle:
+            return str(coordinator.device_group.group_name)
+    return Reason("group", f"no group of vLLM's has the shared memory {handle!r}", "a group of this process", "group")
+
+
 def torch_groups() -> dict[str, str]:
     """VLLM's name of each of its live groups → torch's name."""
     return {name: str(group.group_name) for name, group in _groups().items()}
@@ -35,7 +48,10 @@ def shared_groups() -> dict[str, str]:
 
 
 def _groups() -> dict[str, Any]:
-    groups = getattr(sys.modules.get(_MODULE), "_groups", {})
-    coordinators = {str(name): reference() for name, reference in groups.items()}
-    found = {name: getattr(coordinator, "device_group", None) for name, coordinator in coordinators.items()}
+    found = {name: getattr(coordinator, "device_group", None) for name, coordinator in _coordinators().items()}
     return {name: group for name, group in sorted(found.items()) if group is not None}
+
+
+def _coordinators() -> dict[str, Any]:
+    groups = getattr(sys.modules.get(_MODULE), "_groups", {})
+    return {str(name): reference() for name, reference in groups.items()}

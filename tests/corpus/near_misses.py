@@ -16,7 +16,7 @@ AT_RUN_TIME = Given(more=(lambda: torch.tensor(EPS),))
 
 
 def weigh_rows(x: Tensor, r: Tensor, w: Tensor) -> Any:
-    return norm(r + reduce(x), None) * torch.arange(6.0, dtype=x.dtype).view(2, 3, 1)
+    return norm(r + reduce(x), None) * torch.arange(6.0, dtype=x.dtype, device=x.device).view(2, 3, 1)
 
 
 def weigh_everything(x: Tensor, r: Tensor, w: Tensor) -> Any:

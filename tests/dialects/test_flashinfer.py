@@ -27,8 +27,9 @@ MIDPOINTS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 
 def packed(x: Tensor) -> Tensor:
     """As ``cvt.rn.satfinite.e2m1x2``: to the nearest, ties to even."""
-    at_or_below = torch.bucketize(x.abs(), MIDPOINTS)  # midpoints below |x|: a tie stays below
-    above = torch.bucketize(x.abs(), MIDPOINTS, right=True)
+    midpoints = MIDPOINTS.to(x.device)
+    at_or_below = torch.bucketize(x.abs(), midpoints)  # midpoints below |x|: a tie stays below
+    above = torch.bucketize(x.abs(), midpoints, right=True)
     codes = torch.where(at_or_below % 2 == 0, at_or_below, above)  # of the two neighbours of a tie, the even one
     codes = codes + torch.signbit(x) * 8
     return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)

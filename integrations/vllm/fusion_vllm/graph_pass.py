@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 from vllm.compilation.passes.inductor_pass import InductorPass
-from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 
 import fusion_core
@@ -37,6 +36,7 @@ class VllmFusion(InductorPass):  # type: ignore[misc]
         self.config = config
         self._alone: FusionPass | None = None
         self._agreed: dict[tuple[str, ...], FusionPass] = {}
+        self._vllm_config: Any = None
 
     def _own(self) -> FusionPass:
         if self._alone is None:
@@ -58,8 +58,12 @@ class VllmFusion(InductorPass):  # type: ignore[misc]
         if report is None or not report.sites:
             return
         logger.info("%s, for %s", str(report).partition("\n")[0], _sizes())
-        if (config := get_current_vllm_config_or_none()) is not None:
-            kept.save(report, config)
+        if self._vllm_config is not None:
+            kept.save(report, self._vllm_config)
+
+    def keep_reports_for(self, vllm_config: Any) -> None:
+        """Keep the reports of graphs from now on beside the cache of this configuration."""
+        self._vllm_config = vllm_config
 
     def uuid(self) -> str:
         """A key of everything that the pass's work depends on; one that occurs once if that is not known yet."""

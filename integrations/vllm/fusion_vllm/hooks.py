@@ -1,4 +1,4 @@
-"""The two places of vLLM that `register` changes, and the method that it adds to workers."""
+"""The places of vLLM that `register` changes, and the method that it adds to workers."""
 
 from __future__ import annotations
 
@@ -60,13 +60,19 @@ def _wrap_configuration() -> None:
 
 def _wrap_pass_manager() -> None:
     """Run the pass before vLLM's own: they fuse what it leaves."""
-    original = PostGradPassManager.add
+    original, configure_original = PostGradPassManager.add, PostGradPassManager.configure
+
+    @functools.wraps(configure_original)
+    def configure(self: PostGradPassManager, config: VllmConfig) -> None:
+        configure_original(self, config)
+        setattr(self, _MARK, config)
 
     @functools.wraps(original)
     def add(self: PostGradPassManager, pass_: InductorPass) -> None:
         if isinstance(pass_, VllmFusion):
+            pass_.keep_reports_for(getattr(self, _MARK))
             self.passes.insert(0, pass_)
         else:
             original(self, pass_)
 
-    PostGradPassManager.add = add
+    PostGradPassManager.configure, PostGradPassManager.add = configure, add

@@ -167,6 +167,19 @@ def test_the_nearest_cause_is_named_and_nothing_else(name: str) -> None:
     assert [said(site) for site in fused.sites] == expected
 
 
+def test_an_rms_norm_that_is_near_is_no_reason_against_a_layer_norm() -> None:
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Any:
+        h = (r + reduce(x)).float()
+        h = h / (h.square().mean(-1, keepdim=True).sqrt() + EPS)
+        return layer_norm(h + reduce(h), w)
+
+    first, second = fuse(model, *tensors()).sites
+    assert said(first) == [f"{ADD}: 1e-05 is added outside the root, needs an epsilon inside it"]
+    (other,) = [decision for decision in first.decisions if decision.pattern == ADD_LAYER]
+    assert [str(reason) for reason in other.reasons] == ["add is followed by pow, div, needs layer_norm of it"]
+    assert second.pattern == ADD_LAYER
+
+
 def broken(x: Tensor, r: Tensor, w: Tensor) -> Any:
     h = r + reduce(x)
     torch._dynamo.graph_break()

@@ -76,6 +76,12 @@ def test_tensors_that_do_not_fit_are_an_error_that_says_why(
         ops.all_reduce_add_rms_norm(**{**given, **changed})
 
 
+@pytest.mark.parametrize("shape", [(N - 1,), (3, N), ()])
+def test_a_bias_has_the_last_size(given: dict[str, Any], shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"all_reduce_bias: bias has shape {shape}, needs x's last size")):
+        ops.all_reduce_bias(given["x"], torch.zeros(shape).bfloat16())
+
+
 def test_missing_and_unknown_arguments_show_the_definition(given: dict[str, Any]) -> None:
     for values in ({}, {**given, "epsilon": 1.0}):
         with pytest.raises(TypeError, match=r"all_reduce_add_rms_norm got .* needs all_reduce_add_rms_norm\(x"):

@@ -148,8 +148,7 @@ class LiftedGraph:
                 self._same[node] = self._same.get(source, source)
             else:
                 self._lift_norm(node, product)
-            if not isinstance(product.single_factor, Biased):  # one of a single row may be a residual add as well
-                return
+            return
         if isinstance(product, Reason):
             self._misses[node] = product
         if node.target in ADDS:

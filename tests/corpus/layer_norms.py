@@ -122,7 +122,7 @@ def unrounded(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Any:
 
 def the_norm_is_the_next_residual(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Any:
     """BLOOM's other form. Of one token, the sum with it has the shape of a sum with a bias."""
-    total = layer_norm(r + reduce(x), w, b) + reduce(r)
+    total = layer_norm(r + reduce(x), w) + reduce(r)
     return layer_norm(total, w, b), total
 
 
@@ -208,6 +208,8 @@ CASES = [
     Case("LayerNorm without residual, the sum is the next one", lambda x, r, w: (cohere(a := reduce(x), w), a + 1), LAYER, NORMED | REDUCED),
     Case("LayerNorm without residual, flattened", lambda x, r, w: (layer_norm(a := reduce(x).view(-1, N), w), a), LAYER, NORMED | REDUCED),
     Case("LayerNorm, residual dead", lambda x, r, w: layer_norm(r + reduce(x), w), ADD_LAYER),
+    Case("LayerNorm, a tensor of its shape added to it", lambda x, r, w: (layer_norm(s := r + reduce(x), w) + r, s), ADD_LAYER, BOTH),
+    Case("LayerNorm, a tensor broadcast over the batch added to it", lambda x, r, w: (layer_norm(s := r + reduce(x), w) + r[:1], s), ADD_LAYER, BOTH),
     Case("LayerNorm, sum live", lambda x, r, w: (layer_norm(s := r + (a := reduce(x)), w), s, a.view(-1)), ADD_LAYER, BOTH | REDUCED),
     Case("LayerNorm, float32 residual stream", lambda x, r, w, b: (layer_norm(s := r + reduce(x), w.float(), b.float()), s), ADD_LAYER, BOTH, {}, STREAM, bias=True),
     Case("LayerNorm of the unrounded sum", unrounded, ADD_LAYER, BOTH, {"norm_of_unrounded_sum": True}, WITH_BIAS, bias=True),

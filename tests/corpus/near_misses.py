@@ -9,7 +9,22 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
 from tests.corpus.all_reduces import SECOND
-from tests.corpus.case import ADD, ADD_LAYER, AFTER, BARE, BIAS, EPS, PLAIN, Case, Given, N, NearMiss, norm, reduce
+from tests.corpus.case import (
+    ADD,
+    ADD_LAYER,
+    AFTER,
+    BARE,
+    BIAS,
+    EPS,
+    LAYER,
+    PLAIN,
+    Case,
+    Given,
+    N,
+    NearMiss,
+    norm,
+    reduce,
+)
 
 FLOAT = Given(dtype=torch.float32)
 AT_RUN_TIME = Given(more=(lambda: torch.tensor(EPS),))
@@ -61,6 +76,13 @@ def saved_statistics(x: Tensor, r: Tensor, w: Tensor) -> Any:
     total = r + reduce(x)
     variance, mean = torch.var_mean(total, -1, correction=0, keepdim=True)
     return (total - mean) * torch.rsqrt(variance + EPS) * w, mean
+
+
+def mean_of_columns(x: Tensor, r: Tensor, w: Tensor) -> Any:
+    """As many rows as columns: the mean of a row is taken from a column."""
+    total = r + reduce(x)
+    centred = total - total.mean(-1)
+    return centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + EPS) * w
 
 
 def not_centred(x: Tensor, r: Tensor, w: Tensor) -> Any:
@@ -174,10 +196,15 @@ NEAR_MISSES = [
     add("LayerNorm of another root", in_float32(lambda c, v: c * torch.rsqrt(v + EPS), torch.abs), "as LayerNorm takes it", given=FLOAT),
     add("LayerNorm of a mean over all rows", lambda x, r, w: F.layer_norm(r + reduce(x), (3, N)), "over dimensions 1 and 2", of=ADD_LAYER, given=FLOAT),
     add("a root that is of the centred sum and multiplies the sum", not_centred, "minus its mean and multiplies", of=ADD_LAYER, given=FLOAT),
+    add("the mean is added", lambda x, r, w: ((s := r + reduce(x)) + s.mean(-1, keepdim=True)) * torch.rsqrt(s.var(-1, correction=0, keepdim=True) + EPS), "minus its mean and multiplies add", of=ADD_LAYER, given=FLOAT),
+    add("half the mean is subtracted", lambda x, r, w: ((s := r + reduce(x)) - s.mean(-1, keepdim=True) / 2) * torch.rsqrt(s.var(-1, correction=0, keepdim=True) + EPS), "minus its mean and multiplies sub", of=ADD_LAYER, given=FLOAT),
     add("another tensor's mean", another_mean, "minus its mean and multiplies sub", of=ADD_LAYER, given=FLOAT),
     add("LayerNorm of a scaled sum", lambda x, r, w: F.layer_norm(2 * (r + reduce(x)), (N,), w, eps=EPS), "scaled by 2", of=ADD_LAYER, given=FLOAT),
+    add("LayerNorm by the variance of a scaled sum", lambda x, r, w: ((s := r + reduce(x)) - s.mean(-1, keepdim=True)) * torch.rsqrt((2 * s).var(-1, correction=0, keepdim=True) + EPS), "is a variance of add", of=ADD_LAYER, given=FLOAT),
     add("LayerNorm, eps given at run time", lambda x, r, w, e: (c := (s := r + reduce(x)) - s.mean(-1, keepdim=True)) * torch.rsqrt(c.pow(2).mean(-1, keepdim=True) + e), "run time", of=ADD_LAYER, given=AT_RUN_TIME),
     add("LayerNorm, its mean used elsewhere", saved_statistics, "inside the chain is used by", of=ADD_LAYER, given=FLOAT),
+    add("residual added after the LayerNorm", lambda x, r, w: F.layer_norm(reduce(x), (N,), w, eps=EPS) + r, "is normed before anything is added to it", stands=LAYER),
+    add("LayerNorm, its mean broadcast along the wrong dimension", mean_of_columns, "as LayerNorm takes it", given=Given((N, N), torch.float32)),
     add("LayerNorm over heads", lambda x, r, w: F.layer_norm((r + reduce(x)).view(2, 3, 2, N // 2), (N // 2,)), "16 becomes 8", of=ADD_LAYER),
     # the mean
     add("mean over another dimension", over_rows, "dimension 1", given=FLOAT),

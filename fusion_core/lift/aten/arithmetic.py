@@ -113,12 +113,14 @@ def _centred(node: fx.Node, *addends: Addend) -> Product | Reason | None:
 
 
 def _biased(node: fx.Node, *addends: Addend) -> Product | None:
-    """A LayerNorm plus a vector along its last dimension."""
+    """A LayerNorm plus a vector along its last dimension; a tensor of its whole shape is a residual."""
     for (whole, product), (operand, bias) in (addends, addends[::-1]):
         if product.row is not None or not is_of_layer_norm(product) or not _same_form(whole, node):
             continue
         vector = bias.tensor or operand
-        if isinstance(vector, fx.Node) and lies_along(vector, node):
+        if not isinstance(vector, fx.Node) or not lies_along(vector, node):
+            continue
+        if len(shape_of(vector)) == 1 or not _same_form(vector, node):
             return Product.atom(Biased(product, vector))
     return None
 

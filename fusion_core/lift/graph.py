@@ -198,8 +198,12 @@ class LiftedGraph:
         return Term(norm.word, operands, {"normed": node}, notes=notes)
 
     def _part_of(self, whole: fx.Node) -> fx.Node | None:
-        gather = self._sharded.whole(whole) if self._sharded is not None else None
-        return None if gather is None else self.tensor(gather.x)
+        if self._sharded is None:
+            return None
+        if (gather := self._sharded.whole(whole)) is not None:
+            return self.tensor(gather.x)
+        self._sharded.refuse(whole)
+        return None
 
     def _norm_of_part(self, node: fx.Node, norm: Norm, whole: fx.Node, notes: dict[str, Any]) -> Term:
         """The norm of the rank's part of a gathered vector."""

@@ -30,6 +30,8 @@ class Sharded:
         self.graph = graph
         self.gathers = gathers
         self._parts: dict[Gather, list[fx.Node]] = defaultdict(list)
+        self._split: set[Gather] = set()
+        self._foreign: dict[Gather, dict[int, fx.Node]] = defaultdict(dict)
         self._squares: dict[Gather, Virtual] = {}
         self._refusals: dict[Gather, Reason] = {}
 
@@ -45,11 +47,9 @@ class Sharded:
             if gather is None or share.dim != len(shape_of(source)) - 1:
                 continue
             if share.count != gather.count:
-                found = f"{node.name} is one of {share.count} parts of a vector of {gather.count} ranks"
-                self._refusals[gather] = Reason("shards", found, "one part of each rank")
+                self._split.add(gather)  # a vector of several parts, such as queries, keys and values
             elif share.index != gather.rank:
-                found = f"{node.name} is the part of rank {share.index}, on rank {gather.rank}"
-                self._refusals[gather] = Reason("shards", found, "the rank's own part")
+                self._foreign[gather][share.index] = node
             else:
                 self._parts[gather].append(node)
                 return gather
@@ -61,11 +61,16 @@ class Sharded:
 
     def normed_whole(self, base: fx.Node, normed: fx.Node) -> None:
         """Note an RMSNorm over a tensor's whole last dimension."""
-        found = self.gathers.whole(base)
-        if isinstance(found, Gather):
+        if (gather := self.whole(base)) is not None:
             words = f"{normed.name} is the norm of whole vectors, of which more than the rank's part is used"
-            self._refusals.setdefault(found, Reason("shards", words, PARTS_ONLY))
-        elif isinstance(found, Reason) and (gather := self.gathers.source(base)) is not None:
+            self._refusals.setdefault(gather, Reason("shards", words, PARTS_ONLY))
+        else:
+            self.refuse(base)
+
+    def refuse(self, normed: fx.Node) -> None:
+        """Note why a tensor whose mean of squares is taken does not have a gather's vectors, if it is made of one."""
+        found = self.gathers.whole(normed)
+        if isinstance(found, Reason) and (gather := self.gathers.source(normed)) is not None:
             self._refusals.setdefault(gather, found)
 
     def anchors(self) -> Iterator[tuple[fx.Node, tuple[Term, ...]]]:
@@ -82,11 +87,12 @@ class Sharded:
 
     def _terms(self, gather: Gather, following: Gather | None) -> Iterator[Term]:
         given: dict[str, Any] = {"x": gather.x, "group": gather.group}
-        refusal = self._refusals.get(gather)
+        refusal = self._refusal(gather)
         if dtype_of(gather.x) not in FLOATS:
             refusal = Reason("dtype", f"the all_gather is of {dtype_of(gather.x)}", "a floating dtype", "x")
         notes = {"rank": gather.rank, "gathered_bytes": _row_bytes(gather), "sent_bytes": 0}
-        if parts := self._parts[gather]:
+        parts = self._parts[gather]
+        if parts and not self._foreign[gather] and gather not in self._split:
             more = dict.fromkeys(parts[1:], "shard")
             yield Term("all_gather_shard", given, {"shard": parts[0]}, refusal, notes, more)
         elif refusal is not None:
@@ -99,12 +105,25 @@ class Sharded:
         if following is not None and following in self._squares and following.group == gather.group:
             results: dict[str, fx.Node | Virtual] = {"mean_square": square, "y_mean_square": self._squares[following]}
             both = given | {"y": following.x}
-            also = refusal or self._refusals.get(following)
+            also = refusal or self._refusal(following)
             numbers = notes | {
                 "gathered_bytes": _row_bytes(gather) + _row_bytes(following),
                 "sent_bytes": 2 * _WIDTH,
             }
             yield Term("mean_squares_over_ranks", both, results, also, numbers, collectives=(following.node,))
+
+
+    def _refusal(self, gather: Gather) -> Reason | None:
+        """Why the rank's own part of a gather cannot be used alone.
+
+        A vector of which the parts of several ranks are used is gathered for that: nobody meant the own part.
+        """
+        foreign = self._foreign[gather]
+        if len(foreign) == 1 and not self._parts[gather]:
+            ((rank, node),) = foreign.items()
+            found = f"{node.name} is the part of rank {rank}, on rank {gather.rank}"
+            return Reason("shards", found, "the rank's own part")
+        return self._refusals.get(gather)
 
 
 _WIDTH = 4

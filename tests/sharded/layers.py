@@ -120,6 +120,8 @@ LAYERS: dict[str, Layer] = {
     "smaller parts": lambda q, k, v, wq, wk: norm(gathered(q), wq)[..., : q.shape[-1] // 2],
     "used whole": lambda q, k, v, wq, wk: _used_whole(gathered(q), wq),
     "normed whole": lambda q, k, v, wq, wk: norm(gathered(q), wq) + 1,
+    "two in one": lambda q, k, v, wq, wk: own(torch.mul(*gathered(q).chunk(2, -1))),
+    "three in one": lambda q, k, v, wq, wk: [part * 2 for part in gathered(q).split([32, 16, 16], -1)],
     "gathered whole": lambda q, k, v, wq, wk: gathered(q) + 1,
 }
 
@@ -155,7 +157,7 @@ class Run:
 
 
 def _flat(found: Any) -> list[Tensor]:
-    return list(found) if isinstance(found, tuple) else [found]
+    return list(found) if isinstance(found, tuple | list) else [found]
 
 
 def _largest(found: Any, exact: Any) -> float:

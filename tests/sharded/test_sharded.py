@@ -31,7 +31,7 @@ FUSED = {
 LONG = ("attention", "attention by hand")
 
 REFUSED = {
-    "another order": "needs the rank's own part",
+    "another order": "joins the parts [1, 0], needs the order of the ranks",
     "smaller parts": WHOLE,
     "used whole": "inside the chain is used by",
     "normed whole": WHOLE,
@@ -92,9 +92,12 @@ def test_the_part_of_another_rank_is_never_taken_for_the_own_one() -> None:
         assert found.calls == {"all_gather": 1}
 
 
-def test_a_gather_of_which_nothing_is_cut_is_no_site(pool: WorkerPool) -> None:
-    for found in pool.run(layers.run, "gathered whole"):
+@pytest.mark.parametrize("name", ["gathered whole", "two in one", "three in one"])
+def test_a_gather_of_which_several_parts_are_used_is_no_site(pool: WorkerPool, name: str) -> None:
+    """As of gate and up projections, or of queries, keys and values, that are one weight."""
+    for found in pool.run(layers.run, name):
         assert not found.report.sites
+        assert found.fused == found.unfused
 
 
 def test_what_a_cache_keeps_is_gathered_whole_and_the_queries_are_not(pool: WorkerPool) -> None:

@@ -28,7 +28,7 @@ def _mean_squares(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch
 def _whole(x: torch.Tensor, group: str) -> torch.Tensor:
     """The ranks' parts one after another along the last dimension."""
     ranks = size_of(group)
-    parts = x.contiguous() if x.dim() > 1 else x.reshape(1, -1)
+    parts = (x if x.dim() > 1 else x.reshape(1, -1)).contiguous()  # NCCL takes nothing else
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(parts, ranks, group)
     gathered = torch.ops._c10d_functional.wait_tensor(gathered)
     whole = torch.cat(gathered.chunk(ranks), -1)

@@ -112,7 +112,6 @@ class Sharded:
             }
             yield Term("mean_squares_over_ranks", both, results, also, numbers, collectives=(following.node,))
 
-
     def _refusal(self, gather: Gather) -> Reason | None:
         """Why the rank's own part of a gather cannot be used alone.
 

@@ -118,7 +118,7 @@ class Sharded:
         A vector of which the parts of several ranks are used is gathered for that: nobody meant the own part.
         """
         foreign = self._foreign[gather]
-        if len(foreign) == 1 and not self._parts[gather]:
+        if len(foreign) == 1 and not self._parts[gather] and gather not in self._split:
             ((rank, node),) = foreign.items()
             found = f"{node.name} is the part of rank {rank}, on rank {gather.rank}"
             return Reason("shards", found, "the rank's own part")

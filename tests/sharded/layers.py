@@ -100,6 +100,11 @@ def _used_whole(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return own(norm(x, weight)), x.amax(-1)
 
 
+def _three_in_one(whole: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values as Phi-3 cuts them; the queries are as long as rank 0's part."""
+    return whole[..., :32] * 2, whole[..., 32:48] * 2, whole[..., 48:] * 2
+
+
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Any]
 
 LAYERS: dict[str, Layer] = {
@@ -121,7 +126,7 @@ LAYERS: dict[str, Layer] = {
     "used whole": lambda q, k, v, wq, wk: _used_whole(gathered(q), wq),
     "normed whole": lambda q, k, v, wq, wk: norm(gathered(q), wq) + 1,
     "two in one": lambda q, k, v, wq, wk: own(torch.mul(*gathered(q).chunk(2, -1))),
-    "three in one": lambda q, k, v, wq, wk: [part * 2 for part in gathered(q).split([32, 16, 16], -1)],
+    "three in one": lambda q, k, v, wq, wk: _three_in_one(gathered(q)),
     "gathered whole": lambda q, k, v, wq, wk: gathered(q) + 1,
 }
 

@@ -1,4 +1,4 @@
-"""One decode step of a tensor-parallel Hugging Face Llama, compiled with and without fusion_core.
+"""One decode step of a tensor-parallel Hugging Face model, compiled with and without fusion_core.
 
     torchrun --nproc-per-node 2 benchmarks/decode_step.py --json benchmarks/results/decode_step_h200x2.json
 
@@ -11,8 +11,8 @@ size, and none is begun that --budget has no time for. `--shape tiny` tries the 
 --beside adds fused sides that choose by other tables: files of `fusion-core tune`, or `none` for the backends' own
 limits.
 
-With --profile, rank 0 lists the kernels of one step of each. Exits with 1 where the fused step runs another number of
-reductions than the plain one: each fused site has one collective, and its own all_reduce is gone.
+With --profile, rank 0 lists the kernels of one step of each. Exits with 1 where a step runs another number of
+collectives than the report says: each fused site has one, and its own all_reduce or all_gathers are gone.
 """
 
 import argparse
@@ -33,9 +33,9 @@ import launch_environment  # before torch
 import tables
 import torch
 import torch.distributed as dist
-from llama import SHAPES, TINY, make_cache, make_model, synchronise
 from ranks import device, elapsed, say, slower
-from step_kernels import check_reductions, kernels, profile_text, reductions
+from step_kernels import check_collectives, collectives, expected, kernels, profile_text
+from step_model import SHAPES, TINY, make_cache, make_model, synchronise
 
 CACHE, START = 512, 16  # positions of the cache, and the one at which every round begins
 
@@ -157,6 +157,7 @@ def measure(model, batch, options):
         "sites": len(report.sites),
         "fused_sites": len(report.fused),
         "strategies": strategies(report),
+        "expected": expected(report),
         "beside": {
             name: {
                 "us": round(us[name], 1),
@@ -179,7 +180,7 @@ def measure(model, batch, options):
         )
     if options.profile:
         row["kernels"] = {name: kernels(side) for name, side in sides.items()}
-        row["reductions"] = {name: reductions(row["kernels"][name]) for name in sides}
+        row["collectives"] = {name: collectives(row["kernels"][name]) for name in sides}
     return row
 
 
@@ -249,7 +250,7 @@ def run(options):
             options.profile.parent.mkdir(parents=True, exist_ok=True)
             options.profile.write_text(profile_text(record))
         print(tables.decode_step(record))
-        failures = list(check_reductions(record["rows"]))
+        failures = list(check_collectives(record["rows"]))
         for failure in failures:
             print("FAILED", failure)
     return 1 if failures else 0
@@ -274,7 +275,7 @@ def main():
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-3-70b")
     parser.add_argument("--beside", nargs="+", default=[], metavar="TABLE", help="other tables, or none")
     options = parser.parse_args()
-    if options.shape == TINY:
+    if options.shape in TINY:
         options.vocab = min(options.vocab, 512)
     if START + options.steps + 3 > CACHE:
         parser.error(f"--steps is {options.steps}, needs at most {CACHE - START - 3}")
@@ -283,7 +284,7 @@ def main():
         rank = int(os.environ["LOCAL_RANK"])
         torch.cuda.set_device(rank)
         dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
-    elif options.shape == TINY:
+    elif options.shape in TINY:
         dist.init_process_group("gloo")
     else:
         print("found no GPU; --shape tiny tries the program on CPUs", file=sys.stderr)

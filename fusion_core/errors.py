@@ -37,6 +37,8 @@ def described(error: BaseException) -> str:
 
 def plain(text: str) -> str:
     """The text, with control characters escaped."""
+    if text.isprintable():
+        return text
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from fusion_core._torch.inductor import CustomGraphPass, decompositions
+from fusion_core._torch.inductor import CustomGraphPass, NotCached, decompositions
 from fusion_core.agree.ranks import AgreedState, agree, settled_everywhere, settled_so_far, will_ask
 from fusion_core.config import DETERMINISTIC, FusionConfig
 from fusion_core.decide.candidate import SiteVerdict
@@ -242,22 +242,22 @@ class FusionPass(CustomGraphPass):
             untuned=untuned,
         )
 
-    def uuid(self) -> str | None:
+    def uuid(self) -> str:
         """A key of everything that the pass's work depends on, for Inductor's compile cache.
 
-        None keeps a graph out of the cache: if a dialect's state cannot be read, and while ranks have yet to agree,
-        since a rank that takes its graph from the cache never runs the pass.
+        A false one, which never occurs again, keeps a graph out of the cache: if a dialect's state cannot be read, and
+        while ranks have yet to agree, since a rank that takes its graph from the cache never runs the pass.
         """
         common = self._common
         if common is None and not self.dry_run:
             common = settled_everywhere(self.registry)
             if common is None:
-                return None
+                return NotCached()
         try:
             state = states(self.registry)
         except BackendError as error:
             warn_once(f"{error}; graphs are compiled anew instead of taken from the cache")
-            return None
+            return NotCached()
         # the rest is fixed, and Inductor calls this several times per graph
         key = Device.here(), self.dry_run, state
         if key not in self._uuids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor
@@ -49,28 +50,34 @@ def process_group(name: str) -> dist.ProcessGroup:
     return found
 
 
-_all_reduces: dict[str, Callable[[Tensor], Tensor]] = {}
+# by the group, not its name, which a later group may have
+_all_reduces: WeakKeyDictionary[dist.ProcessGroup, Callable[[Tensor], Tensor]] = WeakKeyDictionary()
 
 
 def use_all_reduce(group: str, all_reduce: Callable[[Tensor], Tensor] | None) -> None:
     """Set the all_reduce of sites whose kernel does not run: a framework's own may be faster than torch's.
 
-    Every rank of the group has to set the same one.
+    Every rank of the group has to set the same one. It is forgotten with the group.
 
     Args:
         group: The group's name.
         all_reduce: From a rank's tensor to the sum over the ranks, in the same shape and dtype. It may overwrite its
             argument, and has to run in a CUDA graph's capture where sites do. None for torch's.
+
+    Raises:
+        ConfigError: if this process is in no group of that name.
     """
+    found = process_group(group)
     if all_reduce is None:
-        _all_reduces.pop(group, None)
+        _all_reduces.pop(found, None)
     else:
-        _all_reduces[group] = all_reduce
+        _all_reduces[found] = all_reduce
 
 
 def all_reduce_of(group: str) -> Callable[[Tensor], Tensor] | None:
     """What `use_all_reduce` set for a group; None for torch's."""
-    return _all_reduces.get(group)
+    found = resolved(group) if _all_reduces else None
+    return None if found is None else _all_reduces.get(found)
 
 
 def world_size(group: str) -> int | None:

@@ -20,6 +20,7 @@ from fusion_core.config import FusionConfig
 from fusion_core.decide.eligibility import evaluate
 from fusion_core.decide.measured import timing
 from fusion_core.decide.ranking import Usable, rank_indices
+from fusion_core.dispatch.means import function_of
 from fusion_core.errors import BackendError, ConfigError, blame
 from fusion_core.groups import group_name, resolved, world_size
 from fusion_core.patterns import CORE_PATTERNS
@@ -63,7 +64,7 @@ def eager(pattern: Pattern) -> Callable[..., Any]:
             if GROUP in accepted:
                 scalars[GROUP] = name
             try:
-                given = strategy.impl(**tensors, **scalars, **strategy.settings(pattern, config))
+                given = function_of(strategy, pattern)(**tensors, **scalars, **strategy.settings(pattern, config))
             except BaseException as error:
                 blame(error, strategy.name, f"fusion_core.ops.{pattern.name} of {tuple(bound['x'].shape)}")
                 raise

@@ -13,8 +13,8 @@ from torch.distributed import _functional_collectives as funcol
 
 import fusion_core
 from fusion_core import FusionConfig, Report, Stage, Strategy
-from fusion_core.dispatch import by_tokens as module
-from fusion_core.dispatch.by_tokens import Plan
+from fusion_core.dispatch import named
+from fusion_core.dispatch.plan import Plan
 from tests.support.graphs import fuse
 from tests.test_matching import ADD, add_then, norm
 from tests.token_counts import FEW, HIDDEN, OUTPUTS, Dynamic, Rows, acme, few, given, many, model, own_sum, ran, table
@@ -217,10 +217,10 @@ def test_a_plan_comes_back_from_its_text_in_another_process(monkeypatch: Any) ->
     constants = {"eps": 1e-5, "weight_bias": 1.0, "norm_dtype": torch.float32, "scale_layout": "linear", "group": "0"}
     plan = Plan(ADD, OUTPUTS, ("residual", "weight"), constants, ((1, "acme.few"), (9, None)), {"acme.few": {"a": 1}})
     assert Plan.of(plan.text()) == plan
-    monkeypatch.setattr(module, "_strategies", {})
-    assert module.strategy_of(f"reference.{ADD}").name == f"reference.{ADD}"  # by its entry point
+    monkeypatch.setattr(named, "_strategies", {})
+    assert named.strategy_of(f"reference.{ADD}").name == f"reference.{ADD}"  # by its entry point
     with pytest.raises(Exception, match=r"runs acme\.gone, which no installed backend has"):
-        module.strategy_of("acme.gone")
+        named.strategy_of("acme.gone")
 
 
 def test_inductor_compiles_it_with_everything_around(monkeypatch: Any) -> None:

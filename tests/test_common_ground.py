@@ -53,6 +53,9 @@ def assert_alike(found: list[jobs.Found], strategies: list[str | None]) -> jobs.
     return first
 
 
+BOUND = [pytest.param(True, id="bound", marks=pytest.mark.nightly), pytest.param(False, id="by itself")]
+"""Whether ranks agree by `FusionPass.among`; `test_the_outcome_is_part_of_the_cache_key` does that in each run."""
+
 WHOLE = "nothing is fused"
 CASES = {
     "nothing": (ACME, ""),
@@ -73,7 +76,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("bound", [True, False], ids=["bound", "by itself"])
+@pytest.mark.parametrize("bound", BOUND)
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_that_differ_choose_alike_and_say_why(two: WorkerPool, name: str, bound: bool) -> None:
     strategies, why = CASES[name]
@@ -106,14 +109,14 @@ def test_nothing_is_merged_where_a_rank_would_not(two: WorkerPool) -> None:
         assert "rank 1 has no backend, rank 0 has a backend" in each.text
 
 
-@pytest.mark.parametrize("bound", [True, False], ids=["bound", "by itself"])
+@pytest.mark.parametrize("bound", BOUND)
 def test_a_rank_that_is_late_is_waited_for(two: WorkerPool, bound: bool) -> None:
     found = two.run(jobs.late, 2.0, jobs.LIMIT, bound)
     assert_alike(found, ACME)
     assert "ranks differ" not in found[0].text
 
 
-@pytest.mark.parametrize("bound", [True, False], ids=["bound", "by itself"])
+@pytest.mark.parametrize("bound", BOUND)
 def test_a_rank_that_is_too_late_comes_to_the_same_outcome(two: WorkerPool, bound: bool) -> None:
     found = two.run(jobs.late, 4.0, 1.0, bound)
     assert "nothing is fused: rank 1 did not take part in the exchange" in assert_alike(found, NEITHER).text
@@ -147,7 +150,7 @@ def test_one_time_limit_holds_for_all_groups_of_a_graph(two: WorkerPool) -> None
     assert 2 <= two.run(jobs.nobody_comes)[0] < 8  # and not 10, one after another
 
 
-@pytest.mark.parametrize("bound", [True, False], ids=["bound", "by itself"])
+@pytest.mark.parametrize("bound", BOUND)
 def test_ranks_exchange_once_for_a_group_and_a_configuration(two: WorkerPool, bound: bool) -> None:
     assert two.run(jobs.exchanges, bound) == [[0, 1, 1, 2]] * 2
 
@@ -209,7 +212,7 @@ class Broken:
 def test_the_outcome_is_part_of_the_cache_key() -> None:
     with WorkerPool(2) as pool:  # which has no other groups
         (before, after, bound, twice), other = pool.run(jobs.keys)
-    assert before is None, "a graph must not come from the cache before ranks agree"
+    assert not before, "a graph must not come from the cache before ranks agree"
     assert (after, bound) == (other[1], other[2])
     assert len({after, bound, twice}) == 3
 

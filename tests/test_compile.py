@@ -1,6 +1,7 @@
 """``torch.compile`` with our backend: through all of Inductor, its cache key, its options, other passes."""
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -162,7 +163,15 @@ def test_sequences_of_passes_have_a_key_only_where_each_has_one() -> None:
     keyed = inductor.with_pass(own, {"post_grad_custom_post_pass": FusionPass(dry_run=True)})
     assert keyed["post_grad_custom_post_pass"] is own  # another pass of ours gives way
     plain = inductor.with_pass(own, {"post_grad_custom_post_pass": lambda graph: None})
-    assert plain["post_grad_custom_post_pass"].uuid() is None
+    assert not plain["post_grad_custom_post_pass"].uuid()
+
+
+def test_a_key_that_no_cache_may_be_asked_for_is_false_and_never_the_same_text() -> None:
+    """Inductor asks whether it is false; vLLM's pass manager hashes JSON of whatever it gets, None too."""
+    one, other = inductor.NotCached(), inductor.NotCached()
+    assert not one
+    assert json.dumps({"passes": [one]}) != json.dumps({"passes": [other]})
+    assert pickle.loads(pickle.dumps(one)) == one
 
 
 def test_the_pass_survives_inductors_copying_and_a_pickle() -> None:

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusion_core import Contiguous, DType, FusionConfig, FusionPass, Registry, Stage, Strategy
 from fusion_core.dispatch import by_tokens
-from fusion_core.dispatch.by_tokens import Plan
+from fusion_core.dispatch.plan import Plan
 from fusion_core.dispatch.strides import fake_results
 from tests.acme import KERNEL, acme, opaque
 from tests.support.graphs import REFERENCE, describe, fuse, graph_of, registry

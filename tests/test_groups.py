@@ -1,9 +1,11 @@
 """Process groups by the names that graphs and operators use."""
 
+import gc
+
 import pytest
 import torch.distributed as dist
 
-from fusion_core import ConfigError, groups, process_group
+from fusion_core import ConfigError, groups, process_group, use_all_reduce
 
 
 def test_the_group_of_a_name_is_the_group_itself(one_rank: str) -> None:
@@ -29,3 +31,16 @@ def test_a_process_without_groups_is_told_how_to_make_one(monkeypatch: pytest.Mo
     monkeypatch.setattr(groups, "groups", list)
     with pytest.raises(ConfigError, match=r"group is 'tp', needs .*: there is none, init_process_group makes one"):
         process_group("tp")
+
+
+def test_a_group_s_own_all_reduce_is_forgotten_with_the_group(one_rank: str) -> None:
+    """A later group may have its name: two engines of vLLM in one process, one after the other."""
+    name = str(dist.new_group([0]).group_name)
+    use_all_reduce(name, lambda x: x)
+    assert groups.all_reduce_of(name) is not None
+    dist.destroy_process_group(process_group(name))
+    gc.collect()
+    assert groups.all_reduce_of(name) is None
+    assert not groups._all_reduces
+    with pytest.raises(ConfigError, match=f"group is '{name}'"):
+        use_all_reduce(name, lambda x: x)

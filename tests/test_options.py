@@ -9,7 +9,7 @@ import torch
 
 from fusion_core import BackendError, DType, FusionConfig, Reason, Stage, Strategy, ops, pattern
 from fusion_core.config import SETTINGS
-from fusion_core.dispatch.by_tokens import Plan
+from fusion_core.dispatch.plan import Plan
 from fusion_core.patterns.plain import all_reduce
 from fusion_core.vocabulary import add
 from fusion_core.vocabulary import all_reduce as reduced

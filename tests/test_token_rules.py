@@ -246,6 +246,7 @@ def test_deterministic_numerics_take_no_strategy_that_some_counts_rule_out(monke
 
 def test_a_plan_that_asks_comes_back_from_its_text(monkeypatch: Any) -> None:
     from fusion_core.dispatch import by_tokens
+    from fusion_core.dispatch.plan import Plan
 
     plans: list[Any] = []
     emitted = by_tokens.emitted
@@ -253,7 +254,7 @@ def test_a_plan_that_asks_comes_back_from_its_text(monkeypatch: Any) -> None:
     dynamic = Dynamic(model, acme(monkeypatch, strategy(Rule("odd"))))
     dynamic(3)
     (plan,) = plans
-    again = by_tokens.Plan.of(plan.text())
+    again = Plan.of(plan.text())
     assert again.text() == plan.text()
     x, residual, weight = given(5)
     counts.clear()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusion_core import FusionConfig, Reason, Registry, Report, Site, Strategy
-from fusion_core.dispatch.by_tokens import Plan
+from fusion_core.dispatch.plan import Plan
 from fusion_core.tables.machine import Machine
 from fusion_core.tables.store import to_json
 from fusion_core.tables.table import Row, Table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,22 @@ ROWS_IN_MIND = 1021
 prime, so that Inductor concludes nothing from its divisors."""
 
 
+class NotCached(str):
+    """A key for a graph that must not come from any cache.
+
+    It is false, by which Inductor asks no cache. It is also another text each time: what hashes a key without asking,
+    as vLLM's pass manager does, would share one graph between all passes whose key is None.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, text: str | None = None) -> NotCached:
+        return super().__new__(cls, f"not cached {secrets.token_hex(16)}" if text is None else text)
+
+    def __bool__(self) -> bool:
+        return False
+
+
 class PassSequence(CustomGraphPass):
     """Several passes as one: those that a user had already set, then ours."""
 
@@ -55,9 +72,9 @@ class PassSequence(CustomGraphPass):
             each(graph)
 
     def uuid(self) -> Any:
-        """The uuids of all passes; None, which turns Inductor's cache off, if one of them has none."""
+        """The uuids of all passes; `NotCached` if one of them has none."""
         uuids = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.passes]
-        return None if None in uuids else tuple(uuids)
+        return tuple(uuids) if all(uuids) else NotCached()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PassSequence:
         return self

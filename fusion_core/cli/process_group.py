@@ -82,7 +82,11 @@ def choices(config: FusionConfig, registry: Registry) -> dict[str, Any]:
 
 
 def command() -> str:
-    """The torchrun command that started this process, for the record of a measurement."""
+    """The torchrun command that started this process, for the record of a measurement, with what sets NCCL and us."""
+    prefixes = ("NCCL_", "FUSION_CORE_")
+    settings = sorted(
+        f"{name}={shlex.quote(value)} " for name, value in os.environ.items() if name.startswith(prefixes)
+    )
     local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     nodes = f"--nnodes {world // local} " if world > local else ""
-    return f"torchrun {nodes}--nproc-per-node {local} -m fusion_core {shlex.join(sys.argv[1:])}"
+    return f"{''.join(settings)}torchrun {nodes}--nproc-per-node {local} -m fusion_core {shlex.join(sys.argv[1:])}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fusion_core.cli.plotting import Bar, Line, Panel, bars
-from fusion_core.dispatch.path import BARE
+from fusion_core.dispatch.bound_pattern import BARE
 from fusion_core.tables.schema import UNFUSED
 from fusion_core.tables.table import Row, Table
 from fusion_core.tune.crossovers import fastest, series

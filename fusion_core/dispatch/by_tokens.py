@@ -9,10 +9,9 @@ graph from the compile cache makes the same choices, and every rank compares the
 from __future__ import annotations
 
 import functools
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,19 +19,20 @@ import torch
 from torch import Tensor, fx
 
 from fusion_core._cuda import is_capturing
-from fusion_core._json.values import decode_scalar, encode_scalar
 from fusion_core.agree.kernel_calls import Calls, calls_of
 from fusion_core.config import FusionConfig
-from fusion_core.dispatch.path import BoundPattern, Epilogue, ExecutionPath
+from fusion_core.dispatch import named
+from fusion_core.dispatch.means import over_ranks
+from fusion_core.dispatch.path import Epilogue, ExecutionPath
+from fusion_core.dispatch.plan import Plan
 from fusion_core.dispatch.preferences import Preferences
 from fusion_core.dispatch.strides import Strides, fake_results
-from fusion_core.errors import BackendError, RanksDiffer
+from fusion_core.errors import RanksDiffer
 from fusion_core.groups import resolved
 from fusion_core.lift.operator_call import BY_ARGUMENT
 from fusion_core.match.matcher import Match
-from fusion_core.patterns import CORE_PATTERNS
 from fusion_core.patterns.definition import GROUP, Pattern
-from fusion_core.plugins.registry import Registry
+from fusion_core.patterns.means import MEANS
 from fusion_core.plugins.requirements import Requirement
 from fusion_core.plugins.strategy import Strategy
 
@@ -42,88 +42,13 @@ NAMES = tuple(f"fusion_core::by_tokens_{count}" for count in range(1, MOST_OUTPU
 
 _LIBRARY = torch.library.Library("fusion_core", "DEF")
 
-_strategies: dict[str, Strategy] = {}
-_patterns: dict[str, Pattern] = {pattern.name: pattern for pattern in CORE_PATTERNS}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What runs at a site from which token count on.
-
-    Attributes:
-        pattern: The pattern's name.
-        live: The outputs that are used.
-        names: The tensors besides x.
-        scalars: The pattern's scalars, including the process group.
-        paths: Pairs of a token count and the name of the strategy that runs from it on; None for torch's all_reduce. Of
-            several paths from one count on, the first runs whose requirements the call meets.
-        settings: Strategy → the user's settings that it takes.
-        asks: For each path the requirements that each call asks, as indices into the strategy's
-            ``requires + worthwhile``. Empty if no path asks any.
-        form: The data from which the site of a call is made (`fusion_core.site.run_time`); None if no path asks any.
-        rank: The rank whose part of a vector the graph uses; None for a pattern that is alike on all ranks.
-    """
-
-    pattern: str
-    live: tuple[str, ...]
-    names: tuple[str, ...]
-    scalars: Mapping[str, Any]
-    paths: tuple[tuple[int, str | None], ...]
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    asks: tuple[tuple[int, ...], ...] = ()
-    form: list[Any] | None = None
-    rank: int | None = None
-
-    @property
-    def place(self) -> BoundPattern:
-        """The pattern with everything bound but its tensors."""
-        scalars = {name: value for name, value in self.scalars.items() if name != GROUP}
-        return BoundPattern(pattern_of(self.pattern), self.live, self.names, scalars, self.scalars[GROUP])
-
-    def text(self) -> str:
-        """As JSON, the same for equal plans."""
-        return json.dumps(
-            [
-                self.pattern,
-                self.live,
-                self.names,
-                {name: encode_scalar(value) for name, value in self.scalars.items()},
-                self.paths,
-                self.settings,
-                self.asks,
-                self.form,
-                self.rank,
-            ],
-            separators=(",", ":"),
-        )
-
-    def without_group(self) -> Plan:
-        """The plan as ranks compare it: they may have several names for one group, and each is another rank."""
-        return replace(self, scalars={name: value for name, value in self.scalars.items() if name != GROUP}, rank=None)
-
-    @classmethod
-    def of(cls, text: str) -> Plan:
-        """The plan that `text` serialized."""
-        pattern, live, names, scalars, paths, settings, asks, form, rank = json.loads(text)
-        return cls(
-            pattern,
-            tuple(live),
-            tuple(names),
-            {name: decode_scalar(value) for name, value in scalars.items()},
-            tuple((first, strategy) for first, strategy in paths),
-            settings,
-            tuple(map(tuple, asks)),
-            form,
-            rank,
-        )
-
 
 def _asked(plan: Plan, place: int) -> tuple[Requirement, ...]:
     """The requirements that each call asks before a path runs."""
     name = plan.paths[place][1]
     if name is None or not plan.asks:
         return ()
-    strategy = strategy_of(name)
+    strategy = named.strategy_of(name)
     declared = (*strategy.requires, *strategy.worthwhile)
     return tuple(declared[each] for each in plan.asks[place])
 
@@ -146,13 +71,14 @@ class Runner:
                 "(TORCHINDUCTOR_CACHE_DIR), or TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
             )
         self._calls = calls
+        self._in_place = self.place.pattern in MEANS.values()
         self._kernels = tuple(name for _, name in plan.paths if name is not None)
         self.rest = Epilogue(self.place)
         self.firsts = sorted({first for first, _ in plan.paths})
         self.paths = [
             ExecutionPath(
                 self.place,
-                None if name is None else strategy_of(name),
+                None if name is None else named.strategy_of(name),
                 None if name is None else plan.settings.get(name),
                 self.rest,
             )
@@ -171,7 +97,7 @@ class Runner:
         self._strides = Strides(self.place)
 
     def __call__(self, x: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The live outputs, in memory of their own; x may be overwritten."""
+        """The live outputs, in memory of their own; x may be overwritten. What the ranks send as means is in x."""
         if x.numel() == 0:  # the same on every rank: nothing to send
             return self._strides.settled(x, others, self.place.alone(x, *others))
         if not self._prepared and not is_capturing():
@@ -182,48 +108,18 @@ class Runner:
         path = self._preferences[max(bisect_right(self.firsts, tokens) - 1, 0)](tuple(x.shape))
         if path.strategy is not None and self._hindered():
             path = self._unfused
-        return self._strides.settled(x, others, path(x, others))
+        results = path(x, others)
+        if not self._in_place:
+            return self._strides.settled(x, others, results)
+        if results[0] is not x:
+            x.copy_(results[0])
+        return (torch.empty_like(x),)  # nothing reads it: an operator must not return its argument
 
     def _hindered(self) -> bool:
         """Whether the ranks of the group do not all run this graph."""
         if self._calls is None or (group := calls_of(self.place.group)) is None:
             return False
         return group.hindrance(self._calls, self._kernels) is not None
-
-
-def strategy_of(name: str) -> Strategy:
-    """The strategy of a name: one that a plan of this process uses, else an installed backend's.
-
-    Raises:
-        BackendError: if there is none.
-    """
-    if name not in _strategies:
-        registry = _installed()
-        _strategies.update({s.name: s for each in registry.patterns for s in registry.strategies(each)})
-    if name not in _strategies:
-        raise BackendError(
-            f"a compiled graph runs {name}, which no installed backend has; compile it anew with "
-            "TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
-        )
-    return _strategies[name]
-
-
-def pattern_of(name: str) -> Pattern:
-    """The pattern of a name: core's, one of a plan of this process, or an installed backend's.
-
-    Raises:
-        BackendError: if there is none.
-    """
-    if name not in _patterns:
-        _patterns.update(_installed().patterns)
-    if name not in _patterns:
-        raise BackendError(f"a compiled graph has a place of pattern {name!r}, which no installed backend has")
-    return _patterns[name]
-
-
-@functools.cache
-def _installed() -> Registry:
-    return Registry.load(FusionConfig(order=None, strict=False, options=()))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -275,6 +171,8 @@ def guarded(
     """
     pattern = match.pattern
     live = tuple(match.outputs)
+    if len(paths) == 1 and (only := used[str(paths[0][1])]).reduces_means:
+        return _reducing_means(match, only, config)
     names = tuple(name for name in pattern.tensors if name != "x" and match.bound.get(name) is not None)
     running = {name: used[name] for _, name in paths if name is not None}
     settings = {
@@ -289,6 +187,37 @@ def guarded(
     return replace(first, pattern=pattern.name, impl=emitted(plan, running, pattern), outputs=live, arguments={})
 
 
+def _reducing_means(match: Match, strategy: Strategy, config: FusionConfig) -> Strategy:
+    """A strategy that reduces means, with nothing else inside the operator."""
+    pattern, live = match.pattern, tuple(match.outputs)
+    sent = MEANS[pattern.collective]
+    _, *names = sent.tensors
+    settings = {strategy.name: given} if (given := strategy.settings(pattern, config)) else {}
+    group, rank, paths = match.bound[GROUP], match.notes.get("rank"), ((1, strategy.name),)
+    plan = Plan(sent.name, sent.outputs, tuple(names), {GROUP: group}, paths, settings, rank=rank)
+    operator, text = _operator(plan, {strategy.name: strategy}, sent)
+
+    def reduce(means: Tensor, parts: Sequence[Tensor], group: str) -> Tensor:
+        returned: Any = BY_ARGUMENT(operator, x=means, others=list(parts), plan=text, calls="")
+        summed: Tensor = returned[-1]  # x after the call
+        return summed
+
+    run = over_ranks(pattern, reduce)
+
+    def impl(**given: Any) -> tuple[Tensor, ...]:
+        results = dict(zip(pattern.outputs, run(**given), strict=True))
+        return tuple(results[name] for name in live)
+
+    return replace(strategy, impl=impl, outputs=live, arguments={}, reduces_means=False)
+
+
+def _operator(plan: Plan, strategies: Mapping[str, Strategy], pattern: Pattern) -> tuple[Any, str]:
+    """The operator for a plan, which then knows these strategies and the pattern by name, and the plan as text."""
+    if named.know(strategies.values(), pattern):
+        _runner.cache_clear()  # runners have other strategies of these names, from an earlier registry
+    return getattr(torch.ops.fusion_core, f"by_tokens_{len(plan.live)}").default, plan.text()
+
+
 def emitted(plan: Plan, strategies: Mapping[str, Strategy], pattern: Pattern) -> Callable[..., tuple[Tensor, ...]]:
     """The function that a graph runs for a plan: from the pattern's parameters, by name, to the live outputs.
 
@@ -297,12 +226,7 @@ def emitted(plan: Plan, strategies: Mapping[str, Strategy], pattern: Pattern) ->
         strategies: The strategies of the plan, by name.
         pattern: The site's pattern.
     """
-    if any(_strategies.get(name, strategy) is not strategy for name, strategy in strategies.items()):
-        _runner.cache_clear()  # runners have other strategies of these names, from an earlier registry
-    _strategies.update(strategies)
-    _patterns[pattern.name] = pattern
-    operator = getattr(torch.ops.fusion_core, f"by_tokens_{len(plan.live)}").default
-    text = plan.text()
+    operator, text = _operator(plan, strategies, pattern)
 
     def run(**given: Any) -> tuple[Tensor, ...]:
         others = [given[name] for name in plan.names]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusion_core._torch.tensors import FakeTensorMode
-from fusion_core.dispatch.path import BoundPattern
+from fusion_core.dispatch.bound_pattern import BoundPattern
 
 
 class Strides:

@@ -97,6 +97,8 @@ class Emitter:
             for name in elementwise:
                 if not same_shape(fakes[name].shape, shape_of(x)):
                     fakes[name] = fakes[name].reshape(self._sizes(shape_of(x)))
+        if candidate.strategy.reduces_means:
+            candidate = self._guard(candidate)
         traced = self._trace(candidate, fakes)
         results = _results(candidate, traced)
         # in a group of one rank too: the guard loads a function's operators in a process that finds the graph in a

@@ -15,12 +15,15 @@ from fusion_core.emit.trace import returned
 
 def _allocates(target: Any) -> bool:
     """Whether an operator allocates its result: later passes compare memory to find what they may reuse."""
+    if target in _COLLECTIVES:
+        return True
     if not isinstance(target, OpOverload) or target.namespace not in ("aten", "prims"):
         return False
     returns = schema_of(target).returns
     return len(returns) == 1 and returns[0].alias_info is None and target not in _MAY_ALIAS
 
 
+_COLLECTIVES = (torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default)
 _MAY_ALIAS = (torch.ops.aten.reshape.default, torch.ops.aten._to_copy.default, torch.ops.aten.contiguous.default)
 
 

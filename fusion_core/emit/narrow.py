@@ -51,14 +51,16 @@ def narrow(graph: fx.Graph, gathers: Gathers) -> int:
     """Move cuts of a graph up to the gathered tensors behind them; returns the number of cuts that moved."""
     counts = {gather.count for gather in gathers.found.values()}
     moved = 0
+    position: dict[fx.Node, int] = {}
     for root in list(graph.nodes):
         for source, share in own_ranges(root) if root.op == "call_function" else ():
             if share.count not in counts or isinstance(gathers.whole(source), Gather):
                 continue
-            position = {node: index for index, node in enumerate(graph.nodes)}
+            position = position or {node: index for index, node in enumerate(graph.nodes)}
             plan = _planned(root, source, share, position, gathers)
             if plan is not None and plan.gathered and plan.inside:
                 _apply(graph, plan, position)
+                position = {}  # it has other nodes now
                 moved += 1
     return moved
 

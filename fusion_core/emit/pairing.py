@@ -12,7 +12,8 @@ from torch import fx
 
 from fusion_core._torch.operators import HigherOrderOperator, OpOverload, schema_of
 from fusion_core.agree.kernel_calls import Calls
-from fusion_core.dispatch.by_tokens import NAMES, Plan
+from fusion_core.dispatch.by_tokens import NAMES
+from fusion_core.dispatch.plan import Plan
 from fusion_core.patterns.definition import GROUP
 from fusion_core.site import dtype_name
 

@@ -22,22 +22,25 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def has_all_reduce(graph: fx.Graph, readings: Readings | None = None) -> bool:
-    """Whether a graph has any all_reduce. Looks them up by operator, so that a graph without any costs nothing."""
-    own = (*TARGETS, *c10d_functional.SCATTERS)
-    targets = [*own, *(_operators(readings.collectives) if readings is not None else ())]
-    return any(graph.find_nodes(op="call_function", target=target, sort=False) for target in targets)
+    """Whether a graph has any node that may be an all_reduce."""
+    return next(_candidates(graph, readings), None) is not None
 
 
 def all_reduces(graph: fx.Graph, readings: Readings | None = None) -> Iterator[tuple[fx.Node, Term]]:
     """Every all_reduce of a graph in order, as a node and a term: torch's own, and operators that read as one."""
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
+    for node in sorted(_candidates(graph, readings)):
         found: Iterable[tuple[fx.Node, Term]] = c10d_functional.terms(node)
         if readings is not None and readings.collectives and (terms := readings.terms(node)) is not None:
             found = ((node, term) for term in terms if term.word == "all_reduce")
         for anchor, term in found:
             yield anchor, _of_floats(term)
+
+
+def _candidates(graph: fx.Graph, readings: Readings | None) -> Iterator[fx.Node]:
+    """The nodes that may be an all_reduce. They are looked up by operator: a graph has many nodes and few of these."""
+    others = _operators(readings.collectives) if readings is not None else ()
+    for target in dict.fromkeys((*TARGETS, *c10d_functional.SCATTERS, *others)):
+        yield from graph.find_nodes(op="call_function", target=target, sort=False)
 
 
 def _of_floats(term: Term) -> Term:

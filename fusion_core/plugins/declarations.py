@@ -22,6 +22,7 @@ def check_fields(strategy: Strategy) -> None:
     check_printable(f"the pattern of {strategy.name}", strategy.pattern)
     of = f"strategy {strategy.name!r}"
     _check(of, strategy, "impl", callable(strategy.impl), "something to call")
+    _check(of, strategy, "reduces_means", isinstance(strategy.reduces_means, bool), "True or False")
     _check(of, strategy, "settled", _texts(strategy.settled), "a tuple of names")
     variants = strategy.variants
     are_variants = isinstance(variants, tuple | list) and all(isinstance(each, Variant) for each in variants)

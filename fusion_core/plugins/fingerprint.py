@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import linecache
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as distribution_version
@@ -117,6 +118,9 @@ def _source_of(code: CodeType, name: str) -> str:
 
 def _text(code: Any, name: str) -> str:
     try:
+        # inspect.getsource looks through all modules for the file first, which takes three times as long
+        if isinstance(code, CodeType) and (lines := linecache.getlines(code.co_filename)):
+            return "".join(inspect.getblock(lines[code.co_firstlineno - 1 :]))
         return inspect.getsource(code)
     except (OSError, TypeError):
         return name

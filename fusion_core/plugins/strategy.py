@@ -16,6 +16,7 @@ from fusion_core._torch.operators import schema_of
 from fusion_core.config import SETTINGS, FusionConfig
 from fusion_core.errors import BackendError
 from fusion_core.patterns.definition import GROUP, Pattern
+from fusion_core.patterns.means import MEANS
 from fusion_core.plugins.asking import Answers
 from fusion_core.plugins.requirements import Attribute, LiveOutputs, Present, Requirement
 from fusion_core.plugins.variant import Variant
@@ -48,6 +49,10 @@ class Strategy:
         arguments: Values of further parameters of ``impl``, by name: numbers, text, True, False or None.
         settled: Scalar parameters of the pattern that ``impl`` does not take because the kernel's results are correct
             for every value that meets ``requires``.
+        reduces_means: Whether ``impl`` is only the all_reduce in a pattern of split vectors, such as
+            `sharded_rms_norm`. It then takes ``x``, ``[..., k]`` in float32 (float64 for float64), and ``group``, and
+            returns the sum of x over the ranks; it may overwrite x. The means of each rank before it and the rest of
+            the pattern behind it are compiled into the graph, with what surrounds them.
         variants: Ways to launch the kernel, or sets of outputs that it writes. Each is chosen, measured, tested and
             reported by its own name; what they share is declared once, and asked once about a site. Empty for the one
             way that the other fields describe.
@@ -77,6 +82,7 @@ class Strategy:
     untested: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
     settled: tuple[str, ...] = ()
+    reduces_means: bool = False
     variants: tuple[Variant, ...] = ()
 
     def expanded(self) -> tuple[Strategy, ...]:
@@ -123,8 +129,8 @@ class Strategy:
 
     @functools.cached_property
     def _parameters(self) -> dict[str, bool] | None:
-        """Name → is required, for every parameter of ``impl``; None if it takes any by ``**``."""
-        return None if _takes_anything(self.impl) else self._named
+        """Name → is required, for every parameter of ``impl``; None if it takes any by ``**``, or does not see them."""
+        return None if self.reduces_means or _takes_anything(self.impl) else self._named
 
     @functools.cached_property
     def _named(self) -> dict[str, bool]:
@@ -198,6 +204,11 @@ class Strategy:
                 f"strategy {self.name!r} has outputs {unknown}, needs some of {pattern.outputs} of {pattern.name!r}"
             )
         self._check_arguments(pattern)
+        if self.reduces_means and pattern.collective not in MEANS:
+            raise BackendError(
+                f"strategy {self.name!r} reduces means, and {pattern.name!r} has the collective {pattern.collective}; "
+                f"needs {' or '.join(MEANS)}"
+            )
         accepted = self._parameters
         if accepted is None:
             return

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusion_core._torch.inductor import CustomGraphPass, post_grad_only
-from fusion_core.dispatch.by_tokens import strategy_of
+from fusion_core.dispatch.named import strategy_of
 from fusion_core.emit.pairing import PROVENANCE, plan_of
 from fusion_core.fusion_pass import FusionPass
 from fusion_core.patterns.definition import GROUP

@@ -16,6 +16,7 @@ from torch import Tensor
 from fusion_core._torch.operators import schema_of
 from fusion_core._torch.tensors import FakeTensorMode
 from fusion_core.config import FusionConfig
+from fusion_core.dispatch.means import function_of
 from fusion_core.patterns.definition import GROUP, Pattern
 from fusion_core.plugins.strategy import Strategy
 from fusion_core.samples.tensors import Values, build_tensors
@@ -140,7 +141,7 @@ def operator_name(impl: Callable[..., Any]) -> str:
 
 def call(strategy: Strategy, pattern: Pattern, site: Site, given: Mapping[str, Tensor], group: str) -> Any:
     """Call the strategy's impl with these tensors, by the rules of `Strategy.impl`."""
-    return strategy.impl(**_arguments(strategy, pattern, site, given, group))
+    return function_of(strategy, pattern)(**_arguments(strategy, pattern, site, given, group))
 
 
 def _arguments(
@@ -215,6 +216,10 @@ def _memory(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()).clone()
 
 
+def _share(one: Tensor, other: Tensor) -> bool:
+    return one.numel() > 0 and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
 def _bits(tensor: Tensor) -> str:
     plain = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
     return hashlib.sha256(ctypes.string_at(plain.data_ptr(), plain.nbytes)).hexdigest()[:16]
@@ -236,6 +241,9 @@ def fakes_and_results(subject: Subject, site: Site, values: Values) -> list[str]
     for name in real if faked else ():
         if _form(faked[name]) != _form(real[name]):
             problems.append(f"the fake gives {name} as {_form(faked[name])}, the real one {_form(real[name])}")
+        owners = [each for each, tensor in given.items() if _share(real[name], tensor)]
+        if owners:  # a graph may use an input's memory for something else once nothing reads the input any more
+            problems.append(f"{name} is in the memory of {owners[0]}, needs memory of its own")
     # torch's opcheck raises where it copies a tensor with two sizes of 0
     several_empty = any(list(meta.shape).count(0) > 1 for meta in site.inputs.values())
     if not problems and not several_empty and schema_of(strategy.impl) is not None:

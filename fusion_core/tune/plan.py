@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_core.dispatch.path import BARE, BoundPattern, Epilogue, ExecutionPath
+from fusion_core.dispatch.bound_pattern import BARE, BoundPattern
+from fusion_core.dispatch.path import Epilogue, ExecutionPath
 from fusion_core.errors import FusionError
 from fusion_core.patterns.definition import VECTORS, Pattern
 from fusion_core.plugins.registry import Registry

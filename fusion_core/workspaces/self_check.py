@@ -151,7 +151,9 @@ def exactly(
         tensors: The pattern's tensors by name; x is not used.
         scalars: The pattern's scalars that differ from its defaults.
     """
-    from fusion_core.dispatch.path import BoundPattern  # imported here: it brings Dynamo, and a load needs none
+    from fusion_core.dispatch.bound_pattern import (
+        BoundPattern,
+    )  # imported here: it brings Dynamo, and a load needs none
 
     wide = {name: value if "scale" in name else value.double() for name, value in tensors.items() if name != "x"}
     names = tuple(name for name in pattern.tensors if name in wide)

@@ -30,10 +30,8 @@ class Unfused:
 
 
 def _path(call: Call, live: tuple[str, ...], names: tuple[str, ...]) -> Run:
-    from fusion_core.dispatch.path import (  # they import Inductor, which a machine without a GPU may lack
-        BoundPattern,
-        ExecutionPath,
-    )
+    from fusion_core.dispatch.bound_pattern import BoundPattern
+    from fusion_core.dispatch.path import ExecutionPath  # imports Inductor, which a machine without a GPU may lack
     from fusion_core.dispatch.strides import Strides
 
     place = BoundPattern(call.pattern, live, names, dict(call.scalars), call.group)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from unittest import mock
 
 from fusion_core import KnownFaster, Strategy, dynamo
-from fusion_core.dispatch import by_tokens
+from fusion_core.dispatch import named
 from fusion_flashinfer import strategies
 
 
@@ -51,4 +51,4 @@ def _declared(found: Iterable[Strategy]) -> Iterator[None]:
 def _forget() -> None:
     """Both keep what was declared; the second one in a rank that takes a graph from Inductor's cache."""
     dynamo._pass_for.cache_clear()
-    by_tokens._installed.cache_clear()
+    named._installed.cache_clear()

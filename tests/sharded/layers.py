@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusion_core
-from fusion_core import FusionConfig, FusionPass, Report
+from fusion_core import FusionConfig, FusionPass, Registry, Report
 from fusion_core._torch.inductor import post_grad_only
 from fusion_core.agree import kernel_calls
+from fusion_core.patterns.means import MEANS
 from tests.corpus.case import norm
 from tests.support.collectives import reaching_the_group
 
@@ -280,7 +281,8 @@ def ranks_differ() -> Apart:
 
 def on_another_rank() -> str:
     """The error of a rank that takes another rank's graph from a cache that both use."""
-    from fusion_core.dispatch.by_tokens import Plan, Runner
+    from fusion_core.dispatch.by_tokens import Runner
+    from fusion_core.dispatch.plan import Plan
 
     rank = dist.get_rank()
     group = dist.group.WORLD.group_name  # type: ignore[union-attr]
@@ -291,3 +293,38 @@ def on_another_rank() -> str:
     except fusion_core.RanksDiffer as error:
         return str(error)
     return ""
+
+
+def by_a_path(name: str) -> float:
+    """The largest error of a strategy as an operator runs it that picks one of several by the token count."""
+    from fusion_core.dispatch.bound_pattern import BoundPattern
+    from fusion_core.dispatch.path import ExecutionPath
+
+    registry = Registry.load(FusionConfig(order=("reference",)))
+    pattern = registry.patterns[name]
+    (strategy,) = registry.strategies(name)
+    q, k, _, wq, wk = tensors()
+    given = {"x": q, "y": k, "weight": own(wq), "y_weight": own(wk)}
+    names = tuple(each for each in pattern.tensors if each != "x")
+    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    place = BoundPattern(pattern, pattern.outputs, names, {"eps": 1e-6}, group)
+    found = ExecutionPath(place, strategy)(q, [given[each] for each in names])
+    exact = place.definition(q.double(), *(given[each].double() for each in names))
+    return max(_largest(a, b) for a, b in zip(found, exact, strict=True))
+
+
+def means_by_the_operator(agreed: bool) -> tuple[bool, bool]:
+    """Whether the operator of the means leaves their sum in its argument, and whether its result is other memory."""
+    from fusion_core.dispatch.by_tokens import emitted
+    from fusion_core.dispatch.plan import Plan
+
+    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    (strategy,) = Registry.load(FusionConfig(order=("reference",))).strategies("sharded_rms_norm")
+    sent = MEANS["mean_square_over_ranks"]
+    plan = Plan(sent.name, sent.outputs, ("part",), {"group": group}, ((1, strategy.name if agreed else None),))
+    part = tensors()[0]
+    means = part.square().mean(-1, keepdim=True) / dist.get_world_size()
+    emitted(plan, {strategy.name: strategy}, sent)
+    returned = torch.ops.fusion_core.by_tokens_1(means, [part], plan.text(), "")
+    exact = gathered(part).double().square().mean(-1, keepdim=True)
+    return _largest(means, exact) <= 1e-6, returned.data_ptr() != means.data_ptr()

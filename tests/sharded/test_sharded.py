@@ -59,6 +59,23 @@ def test_a_number_is_sent_instead_of_the_vector(pool: WorkerPool, name: str, dyn
         assert found.error <= found.own_error + 2e-6
 
 
+def test_only_the_all_reduce_is_inside_an_operator(pool: WorkerPool) -> None:
+    """Else eager kernels compute the norms, a dozen of them, where Inductor makes one with what follows."""
+    for found in pool.run(layers.run, "two norms"):
+        assert found.operators.count("aten.rsqrt.default") == 2
+
+
+@pytest.mark.parametrize("name", [NORM, PAIR])
+def test_where_an_operator_picks_one_of_several_strategies_it_runs_the_whole_one(pool: WorkerPool, name: str) -> None:
+    assert all(error <= 2e-6 for error in pool.run(layers.by_a_path, name))
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_the_sum_of_the_means_is_in_the_operator_s_argument(pool: WorkerPool, agreed: bool) -> None:
+    """And its result is other memory: Inductor reuses the argument's once nothing reads it."""
+    assert pool.run(layers.means_by_the_operator, agreed) == [(True, True)] * 2
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_in_bfloat16_the_result_is_as_near_to_float64(pool: WorkerPool, name: str) -> None:
     for found in pool.run(layers.run, name, torch.bfloat16):
@@ -114,7 +131,9 @@ def test_without_a_backend_nothing_changes(pool: WorkerPool) -> None:
         assert found.error <= found.own_error + 2e-6
 
 
-@pytest.mark.parametrize(("name", "dynamic"), [("attention", False), ("two norms", True)])
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [pytest.param("attention", False, marks=pytest.mark.nightly), ("two norms", True)]
+)
 def test_all_of_inductor_places_what_explain_names(pool: WorkerPool, name: str, dynamic: bool) -> None:
     patterns = FUSED[name][0]
     for found in pool.run(layers.through_inductor, name, dynamic):

@@ -29,6 +29,7 @@ CAUGHT = [
     ("has_no_fake", "declares_what_the_definition_gives", "this kernel has no fake"),
     ("lies_about_shapes", "fake_matches_real", "the fake gives normed as bfloat16[1024]"),
     ("lies_about_strides", "fake_matches_real", "the fake gives normed as bfloat16[4, 256] on cpu, strides [512, 2]"),
+    ("returns_an_input", "fake_matches_real", "residual_out is in the memory of residual, needs memory of its own"),
     ("hides_a_write", "fake_matches_real", "torch.library.opcheck raises"),
     ("mutates_an_input", "leaves_its_inputs_alone", "it writes into residual"),
     ("writes_into_the_gaps", "leaves_its_inputs_alone", "it writes into x"),

@@ -238,6 +238,9 @@ def _reused(given: Any, normed: Tensor, *others: Tensor) -> Results:
 
 
 returns_its_workspace = backend(behind(_reused))
+returns_an_input = backend(
+    behind(lambda given, normed, summed, reduced: (normed, given.residual.copy_(summed), reduced))
+)
 knows_one_group = backend(
     behind(
         lambda given, *results: (

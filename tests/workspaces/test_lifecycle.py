@@ -225,7 +225,7 @@ def test_the_unfused_path_gives_what_the_definition_gives(two, name, scalars):
 
 
 def test_results_of_other_strides_get_those_of_the_definition():
-    from fusion_core.dispatch.path import BoundPattern
+    from fusion_core.dispatch.bound_pattern import BoundPattern
     from fusion_core.dispatch.strides import Strides
 
     place = BoundPattern(jobs.PATTERNS["all_reduce_rms_norm"], ("normed",), ("weight",), {"eps": 1e-5}, "tp")

@@ -12,7 +12,7 @@ from fusion_reference.buffers import MEMORY
 from fusion_reference.ops import OPERATORS
 from fusion_reference.rank_order import DTYPES, all_reduce_in_rank_order
 from fusion_reference.requirements import MostBytes, OnlyForItsBits, SymmetricMemory, TorchCollective
-from fusion_reference.sharded import SHARDED
+from fusion_reference.sharded import SHARDED, all_reduce_means
 
 PATTERN = "all_reduce"
 """The pattern of those two: norm and quantisation stay in the graph, where Inductor makes one kernel of them."""
@@ -30,7 +30,7 @@ WORLD_SIZES = {"one_shot": tuple(range(2, 9)), "two_shot": (2, 4, 8)}
 def strategies() -> Iterator[Strategy]:
     """All strategies of this backend."""
     for name, impl in SHARDED.items():
-        yield Strategy(pattern=name, name=f"reference.{name}", impl=impl)
+        yield Strategy(pattern=name, name=f"reference.{name}", impl=impl, reduces_means=impl is all_reduce_means)
     for pattern in CORE_PATTERNS:
         if pattern.name in SHARDED:  # the definition sends whole vectors
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
 from typing import Any
 
@@ -67,8 +66,7 @@ class VllmFusion(InductorPass):  # type: ignore[misc]
 
     def uuid(self) -> str:
         """A key of everything that the pass's work depends on; one that occurs once if that is not known yet."""
-        # vLLM hashes what it gets as a value, None too: two configurations would share a graph
-        return self._own().uuid() or f"not agreed {secrets.token_hex()}"
+        return self._own().uuid()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VllmFusion:
         return self

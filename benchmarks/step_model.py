@@ -1,4 +1,4 @@
-"""A tensor-parallel Hugging Face Llama with random weights, and its cache: the model of `decode_step.py`."""
+"""A tensor-parallel Hugging Face model with random weights, and its cache: the model of `decode_step.py`."""
 
 import warnings
 
@@ -21,6 +21,13 @@ SHAPES = {
         "num_key_value_heads": 8,
         "head_dim": 128,
     },
+    "olmo-2-32b": {
+        "model_type": "olmo2",
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+    },
     "tiny": {
         "hidden_size": 256,
         "intermediate_size": 512,
@@ -28,16 +35,24 @@ SHAPES = {
         "num_key_value_heads": 4,
         "head_dim": 32,
     },
+    "tiny-olmo-2": {
+        "model_type": "olmo2",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
 }
-TINY = "tiny"
+"""Arguments of a configuration, by name; a Llama's unless ``model_type`` says otherwise."""
+TINY = tuple(name for name in SHAPES if name.startswith("tiny"))
 
 
 def make_model(shape, layers, vocab):
     """Random weights on every rank, without a checkpoint: `from_pretrained` is given zeros that take no memory."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = LlamaConfig(
-        **SHAPES[shape],
+    config = AutoConfig.for_model(
+        **{"model_type": "llama"} | SHAPES[shape],
         num_hidden_layers=layers,
         vocab_size=vocab,
         rms_norm_eps=1e-5,
@@ -46,14 +61,18 @@ def make_model(shape, layers, vocab):
         tie_word_embeddings=False,
     )
     with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
-    zeros = {name: torch.zeros((), dtype=torch.bfloat16).expand(meta.shape) for name, meta in shapes.items()}
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    zeros = {
+        name: torch.zeros((), dtype=torch.bfloat16).expand(meta.shape) for name, meta in empty.state_dict().items()
+    }
     with warnings.catch_warnings():
         # transformers 5.23 has a new spelling for it; this is the one that all of 5.x takes
         warnings.filterwarnings("ignore", "Passing `tp_plan` directly", FutureWarning)
-        model = LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=zeros, tp_plan="auto", dtype=torch.bfloat16
-        ).eval()
+        model = (
+            type(empty)
+            .from_pretrained(None, config=config, state_dict=zeros, tp_plan="auto", dtype=torch.bfloat16)
+            .eval()
+        )
     fill(model)
     return model
 
@@ -88,7 +107,10 @@ def make_cache(model, batch, positions):
     from transformers import StaticCache
 
     config = model.config
-    heads = config.num_key_value_heads // dist.get_world_size()
+    heads = config.num_key_value_heads
+    if config.model_type != "olmo2":  # whose keys are normed over all heads: its ranks gather them, and keep them all
+        heads //= dist.get_world_size()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = StaticCache(config=config, max_cache_len=positions)
-    cache.early_initialization(batch, heads, config.head_dim, torch.bfloat16, device())
+    cache.early_initialization(batch, heads, head_dim, torch.bfloat16, device())
     return cache

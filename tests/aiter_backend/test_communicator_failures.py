@@ -47,7 +47,7 @@ def unfused(outcomes, code, words, left_open=0):
 # before one is made
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 @pytest.mark.parametrize(
     "error", [RuntimeError("ROCm version file not found"), AssertionError("no hipcc"), KeyError("gfx000")], ids=repr
 )
@@ -209,7 +209,7 @@ def test_too_little_memory_is_found_before_aiter_ends_the_process(gpus):
 # while one is made
 
 
-@pytest.mark.parametrize("ranks", [[0, 1], [0], [1]])
+@pytest.mark.parametrize("ranks", [[0, 1], pytest.param([0], marks=pytest.mark.nightly), [1]])
 def test_a_communicator_that_aiter_disabled(two, ranks):
     outcomes = two(failing_jobs.constructor_fails, ranks, "disabled")
     first = "" if len(ranks) == 2 else f"rank {ranks[0]}: "
@@ -220,7 +220,7 @@ def test_a_communicator_that_aiter_disabled(two, ranks):
     assert all(later for *_, later in outcomes)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 @pytest.mark.parametrize("kind", ["before", "after"])
 def test_one_rank_whose_communicator_does_not_come_up(two, rank, kind):
     outcomes = two(failing_jobs.constructor_fails, [rank], kind)

@@ -50,7 +50,7 @@ def test_two_shot_runs_one_shot_with_no_more_tokens_than_ranks(two, four):
     assert four.run(jobs.shots, sizes, two_shot=True) == [[[True]] * 4 + [[False]] * 2] * 4
 
 
-@pytest.mark.parametrize("two_shot", [False, True])
+@pytest.mark.parametrize("two_shot", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_more_rows_than_one_launch_takes_go_in_parts_of_one_size(two, two_shot):
     launches = {15: [15], 16: [16], 17: [9, 8], 32: [16, 16], 33: [11, 11, 11], 50: [13, 13, 13, 11]}
     for found in two.run(jobs.parts, 16, list(launches), two_shot=two_shot):
@@ -118,7 +118,7 @@ def test_what_differs_between_ranks_is_copied_and_decides_nothing(two):
     ],
     ids=lambda value: "" if isinstance(value, dict) else value,
 )
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_one_rank_without_a_workspace_sends_all_to_the_unfused_path(two, rank, where, name):
     says_who_failed(two.run(failing_jobs.one_rank_fails, rank, **where), rank, name)
 
@@ -228,7 +228,7 @@ def test_ranks_that_call_with_different_sizes_hear_of_it():
             )
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 2])
 def test_a_rank_that_never_comes_holds_nobody_up(rank):
     with WorkerPool(3) as pool:
         states = pool.run(failing_jobs.late, rank)

@@ -93,6 +93,7 @@ def test_a_size_that_the_definition_does_not_take(ranks):
         assert "unfused" in notes
 
 
+@pytest.mark.nightly  # `test_the_whole_way` of the command line measures whole patterns too
 def test_a_whole_pattern_and_a_bare_all_reduce_with_the_rest_behind_it(ranks):
     (us, notes, *_), (other, *_) = ranks.run(jobs.measured, ADD, 64, 8, (), ("acme", "reference"), torch.bfloat16)
     assert us == other

@@ -37,9 +37,16 @@ def main() -> None:
         seed=0,
         **({"additional_config": job["additional"]} if "additional" in job else {}),
     )
-    sampling = SamplingParams(temperature=0.0, max_tokens=12, logprobs=2, ignore_eos=True)
-    outputs = [each.outputs[0] for each in llm.generate([{"prompt_token_ids": p} for p in PROMPTS], sampling)]
+    sampling = SamplingParams(temperature=0.0, max_tokens=12, logprobs=2, ignore_eos=True, prompt_logprobs=1)
+    answers = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], sampling)
+    outputs = [each.outputs[0] for each in answers]
     found = {
+        # of the prompts' own tokens: the same tokens, whatever is generated
+        "prompts": [
+            step[token].logprob
+            for each in answers
+            for step, token in zip(each.prompt_logprobs[1:], each.prompt_token_ids[1:], strict=True)
+        ],
         "tokens": [list(each.token_ids) for each in outputs],
         "logprobs": [
             [step[token].logprob for step, token in zip(o.logprobs, o.token_ids, strict=True)] for o in outputs

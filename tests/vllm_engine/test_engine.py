@@ -69,14 +69,15 @@ def run(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def plain(run: Run) -> Callable[[str], dict[str, Any]]:
+def plain(run: Run) -> Callable[..., dict[str, Any]]:
     """The same engine without fusion_core."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
 
-    def get(model: str) -> dict[str, Any]:
-        if model not in found:
-            found[model] = run(model)
-        return found[model]
+    def get(model: str, **job: Any) -> dict[str, Any]:
+        key = (model, *sorted(job.items()))
+        if key not in found:
+            found[key] = run(model, **job)
+        return found[key]
 
     return get
 
@@ -163,6 +164,26 @@ def test_ranks_that_differ_run_unfused_and_right(run: Run, plain: Any) -> None:
     found = run(additional=ON, environment={"VLLM_LAB_WITHOUT": "VllmWorker-1"})
     assert_same_answers(found, plain("llama"))
     assert kernels(found) == [{}, {}]
+
+
+def test_on_four_ranks(run: Run, plain: Any) -> None:
+    found = run(additional=ON, ranks=4)
+    assert_same_answers(found, plain("llama", ranks=4))
+    assert [sum(each.values()) > 0 for each in kernels(found)] == 4 * [True]
+    assert [calls["all_reduce"] for calls in found["calls"]] == 4 * [0]
+
+
+def test_bfloat16_is_no_further_from_float32_than_without_fusion(run: Run, plain: Any) -> None:
+    exact, own = plain("llama")["prompts"], plain("llama", dtype="bfloat16")["prompts"]
+    found = run(additional=ON, dtype="bfloat16")
+    assert all(sum(each.values()) > 0 for each in kernels(found))
+
+    def error(prompts: list[float]) -> float:
+        return sum((a - b) ** 2 for a, b in zip(prompts, exact, strict=True)) ** 0.5
+
+    assert len(exact) > 40
+    # each rounds in another order, so that either may be nearer by chance
+    assert 0 < error(found["prompts"]) <= 1.2 * error(own)
 
 
 def test_stock_vllm_on_a_cpu_fuses_its_all_reduce_over_shared_memory(run: Run) -> None:

@@ -50,13 +50,24 @@ def test_two_shot_runs_one_shot_with_no_more_tokens_than_ranks(two, four):
     assert four.run(jobs.shots, sizes, two_shot=True) == [[[True]] * 4 + [[False]] * 2] * 4
 
 
-@pytest.mark.parametrize("two_shot", [False, pytest.param(True, marks=pytest.mark.nightly)])
-def test_more_rows_than_one_launch_takes_go_in_parts_of_one_size(two, two_shot):
+FORMS = ("all_reduce", "all_reduce_add_rms_norm", "all_reduce_add_rms_norm_group_fp8")
+"""A launch without a norm, one with it, and one whose scales have a layout of the whole."""
+
+
+@pytest.mark.parametrize(
+    ("two_shot", "names"),
+    [
+        (False, FORMS),
+        pytest.param(False, None, marks=pytest.mark.nightly),
+        pytest.param(True, None, marks=pytest.mark.nightly),
+    ],
+)
+def test_more_rows_than_one_launch_takes_go_in_parts_of_one_size(two, two_shot, names):
     launches = {15: [15], 16: [16], 17: [9, 8], 32: [16, 16], 33: [11, 11, 11], 50: [13, 13, 13, 11]}
-    for found in two.run(jobs.parts, 16, list(launches), two_shot=two_shot):
-        assert len(found) == 15
+    for found in two.run(jobs.parts, 16, list(launches), names, two_shot=two_shot):
+        assert len(found) == (15 if names is None else len(names))
         for name, calls in found.items():
-            if "group_fp8" in name:  # packed scales have a layout of the whole
+            if "group_fp8" in name:
                 assert calls == [each if len(each) == 1 else [] for each in launches.values()], name
             else:
                 assert calls == list(launches.values()), name

@@ -29,7 +29,7 @@ def test_a_sum_without_the_dead_rank_is_caught():
         RUN(subject_of("adds_nothing_of_the_dead"))
 
 
-@pytest.mark.parametrize("method", ["create", "run"])
+@pytest.mark.parametrize("method", [pytest.param("create", marks=pytest.mark.nightly), "run"])
 def test_a_rank_that_waits_for_the_dead_one_is_caught(method, monkeypatch):
     monkeypatch.setattr(checks_of_workspaces, "DEATHS", (faulty.Fault(method, "dies", "last"),))
     monkeypatch.setattr(faulty, "MOST_SECONDS_AFTER_A_DEATH", 15.0)

@@ -33,10 +33,7 @@ def process_group(name: str) -> dist.ProcessGroup:
         ConfigError: if this process is in no group of that name, because it was never made or is destroyed.
 
     Example:
-        >>> from collections.abc import Callable
-
-    import torch.distributed as dist
-    from torch import Tensor
+        >>> import torch.distributed as dist
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> process_group(dist.group.WORLD.group_name).size()
         1

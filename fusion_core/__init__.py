@@ -9,7 +9,7 @@ from fusion_core.config import FusionConfig
 from fusion_core.decision import Decision
 from fusion_core.errors import BackendError, ConfigError, FusionError, PatternError, RanksDiffer
 from fusion_core.fallback import Status, fell_back
-from fusion_core.groups import process_group, use_all_reduce
+from fusion_core.groups import AllReduce, process_group, use_all_reduce
 from fusion_core.lift.dialect import Dialect, Reading, Refusal
 from fusion_core.lift.operands import Check, Derived, Earlier, Only
 from fusion_core.patterns.definition import Pattern, pattern
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 _LAZY = {"FusionPass": "fusion_pass", "compile": "dynamo", "explain": "dry_run"}
 
 __all__ = [
+    "AllReduce",
     "Arch",
     "Attribute",
     "BackendError",

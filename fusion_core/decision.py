@@ -62,11 +62,14 @@ class Timing:
         us: Microseconds with the strategy; None if the table has times of its backend but not of this strategy.
         unfused_us: Microseconds of the fastest path without it.
         tokens: The token count.
+        base_line: What reduces in the fastest path without it, where the model does not call torch's all_reduce: the
+            model's own operator, or ``"torch's all_reduce"`` if the table has no time of that.
     """
 
     us: float | None
     unfused_us: float
     tokens: int
+    base_line: str | None = None
 
     def slower(self) -> Reason | None:
         """The reason why the strategy does not pay, or None if it does."""
@@ -75,11 +78,16 @@ class Timing:
             return Reason("measured", found, "one", hint=TUNE)
         if self.us < self.unfused_us:
             return None
-        found = f"{self.us:.1f} us, where the unfused path takes {self.unfused_us:.1f} us, at {_tokens(self.tokens)}"
+        path = f"the unfused path{self._by} takes {self.unfused_us:.1f} us"
+        found = f"{self.us:.1f} us, where {path}, at {_tokens(self.tokens)}"
         return Reason("measured", found, "less")
 
     def __str__(self) -> str:
-        return f"fused {self.us or 0.0:.1f} us, unfused {self.unfused_us:.1f} us at {_tokens(self.tokens)}"
+        return f"fused {self.us or 0.0:.1f} us, unfused{self._by} {self.unfused_us:.1f} us at {_tokens(self.tokens)}"
+
+    @property
+    def _by(self) -> str:
+        return "" if self.base_line is None else f" by {self.base_line}"
 
 
 def _tokens(count: int) -> str:

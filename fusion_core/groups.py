@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -45,6 +47,21 @@ def process_group(name: str) -> dist.ProcessGroup:
         known = known or "there is none, init_process_group makes one"
         raise ConfigError(f"group is {name!r}, needs the name of a process group of this process: {known}")
     return found
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """The all_reduce of a serving engine, over all ranks of the default group.
+
+    Attributes:
+        operator: The operator by which compiled graphs call it: ``"vllm::all_reduce"``.
+        run: From a rank's tensor to the sum over the ranks, in the same shape and dtype. It may overwrite its argument.
+        capture: The context in which a CUDA graph that calls it is captured.
+    """
+
+    operator: str
+    run: Callable[[Tensor], Tensor]
+    capture: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 # by the group, not its name, which a later group may have

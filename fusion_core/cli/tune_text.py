@@ -15,12 +15,12 @@ from fusion_core.tune.crossovers import Range, crossovers, series
 from fusion_core.tune.sweep import Note
 
 
-def grid(measured: Table) -> Grid:
-    """A table with a row for each range of token counts with one fastest path."""
+def grid(measured: Table, base: str = UNFUSED) -> Grid:
+    """A table with a row for each range of token counts with one fastest path, beside one unfused path."""
     right = ("hidden", "tokens", "µs", "unfused µs", "times as fast")
     rows = table("pattern", "hidden", "tokens", "fastest", "µs", "unfused µs", "times as fast", right=right)
     before: tuple[str, int] | None = None
-    for each in crossovers(measured):
+    for each in crossovers(measured, base):
         here = each.pattern, each.hidden
         pattern = each.pattern if before is None or before[0] != each.pattern else ""
         hidden = str(each.hidden) if here != before else ""

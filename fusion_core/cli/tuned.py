@@ -12,6 +12,7 @@ from fusion_core._files import write_whole
 from fusion_core.cli import plotting
 from fusion_core.cli.output import check_can_write, print_json, show, try_to_write
 from fusion_core.errors import ConfigError
+from fusion_core.tables.schema import UNFUSED
 from fusion_core.tables.store import CACHE_NEEDS, folder, save, to_json
 from fusion_core.tables.table import Table
 
@@ -77,13 +78,18 @@ def _keep(table: Table, output: Path | None, plot: Path | None) -> Path:
 
 
 def _plain(tuned: Tuned, path: Path | None, seconds: float) -> dict[str, Any]:
-    from fusion_core.tune.crossovers import crossovers
+    from fusion_core.tune.crossovers import base_lines, crossovers
 
     return {
         "path": None if path is None else str(path),
         "seconds": round(seconds, 1),
         "table": None if tuned.table is None else tuned.table.to_dict(),
-        "crossovers": [] if tuned.table is None else [each.to_dict() for each in crossovers(tuned.table)],
+        "crossovers": [
+            {"base_line": base} | each.to_dict()
+            for table in filter(None, [tuned.table])
+            for base in base_lines(table)
+            for each in crossovers(table, base)
+        ],
         "notes": [
             {"pattern": n.pattern, "hidden": n.hidden, "tokens": n.tokens, "path": n.path, "why": n.why}
             for n in tuned.notes
@@ -93,11 +99,15 @@ def _plain(tuned: Tuned, path: Path | None, seconds: float) -> dict[str, Any]:
 
 def _show(tuned: Tuned, path: Path | None, seconds: float) -> None:
     from fusion_core.cli import tune_text as text
+    from fusion_core.tune.crossovers import base_lines
 
     if tuned.table is not None:
         ranks, gpu = tuned.table.machine.world_size, tuned.table.machine.gpu
         typer.echo(f"the fastest path on {ranks} × {gpu}, microseconds a place at the first and last token count\n")
-        show(text.grid(tuned.table))
+        for base in base_lines(tuned.table):
+            if base != UNFUSED:
+                typer.echo(f"\ncompared with {base}\n")
+            show(text.grid(tuned.table, base))
         for drawn in text.drawings(tuned.table, ascii_only=not sys.stdout.isatty()):
             typer.echo(f"\n{drawn}")
         typer.echo("")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fusion_core.decision import Timing
 from fusion_core.patterns.definition import Pattern
 from fusion_core.plugins.registry import Registry
 from fusion_core.plugins.strategy import Strategy
 from fusion_core.site import Site
-from fusion_core.tables.table import UNFUSED
+from fusion_core.tables.schema import UNFUSED, base_line
 
 
 def timing(registry: Registry, strategy: Strategy, pattern: Pattern, longest: Site, tokens: int) -> Timing | None:
@@ -28,9 +30,19 @@ def timing(registry: Registry, strategy: Strategy, pattern: Pattern, longest: Si
     for name in dict.fromkeys((longest.pattern, pattern.name)):
         found = table.times(name, x.dtype, x.shape[-1], tokens)
         if strategy.name in found:
-            return Timing(found[strategy.name], found[UNFUSED], tokens)
+            return Timing(found[strategy.name], *_unfused(longest, found, tokens))
         if found and strategy.backend in table.backends and not strategy.is_definition(pattern):
-            return Timing(None, found[UNFUSED], tokens)
+            return Timing(None, *_unfused(longest, found, tokens))
         if found:
             return None
     return None
+
+
+def _unfused(site: Site, found: Mapping[str, float], tokens: int) -> tuple[float, int, str | None]:
+    """The time of the unfused path, over the all_reduce that the model calls if that was measured."""
+    own = site.attributes.get("collective")
+    if own is None or str(own).startswith("_c10d_functional::"):
+        return found[UNFUSED], tokens, None
+    if (column := base_line(own)) in found:
+        return found[column], tokens, own
+    return found[UNFUSED], tokens, "torch's all_reduce"

@@ -19,6 +19,22 @@ SCHEMA = 1
 UNFUSED = "unfused"
 """The column of the best time that ``torch.compile`` reaches without fusion_core."""
 
+
+def base_line(collective: str | None) -> str:
+    """The column of the unfused path over another all_reduce than torch's, such as ``vllm::all_reduce``.
+
+    Example:
+        >>> base_line("vllm::all_reduce"), base_line(None)
+        ('unfused vllm::all_reduce', 'unfused')
+    """
+    return UNFUSED if collective is None else f"{UNFUSED} {collective}"
+
+
+def is_base_line(column: str) -> bool:
+    """Whether a column has the times of an unfused path, not of a strategy."""
+    return column == UNFUSED or column.startswith(f"{UNFUSED} ")
+
+
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 TOP = ("schema", "machine", "made", "command", "rows")
 MACHINE = ("gpu", "arch", "links", "world_size", "driver", "versions")
@@ -75,8 +91,9 @@ def _row(data: Any, path: str) -> None:
     times = _object(row["us"], f"{path}.us")
     for name, time in times.items():
         backend, dot, rest = name.partition(".")
-        if name != UNFUSED and not (backend and dot and rest):
-            _refuse(f"{path}.us", name, f"{UNFUSED!r} or the name of a strategy, as '<backend>.<something>'", "has")
+        if not is_base_line(name) and not (backend and dot and rest):
+            needs = f"{UNFUSED!r}, '{UNFUSED} <operator>', or the name of a strategy, as '<backend>.<something>'"
+            _refuse(f"{path}.us", name, needs, "has")
         number = isinstance(time, int | float) and not isinstance(time, bool)
         if not (number and LEAST_US <= time <= MOST_US):  # also false for NaN
             _refuse(f"{path}.us.{name}", time, f"microseconds, a number from {LEAST_US:g} to {MOST_US:g}")

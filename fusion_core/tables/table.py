@@ -15,7 +15,7 @@ import torch
 
 from fusion_core.tables import schema
 from fusion_core.tables.machine import Machine
-from fusion_core.tables.schema import UNFUSED, TableError
+from fusion_core.tables.schema import UNFUSED, TableError, is_base_line
 
 __all__ = ["UNFUSED", "Row", "Table", "TableError"]
 
@@ -32,7 +32,8 @@ class Row:
         dtype: Dtype of x, without ``torch.``: ``"bfloat16"``.
         hidden: The size of x's last dimension.
         tokens: The product of its other dimensions.
-        us: `UNFUSED` and names of strategies → microseconds per site. A strategy that did not run there is absent.
+        us: `UNFUSED` and names of strategies → microseconds per site. A strategy that did not run there is absent. The
+            unfused path over another all_reduce than torch's has a column of its own (`schema.base_line`).
     """
 
     pattern: str
@@ -99,7 +100,7 @@ class Table:
     @cached_property
     def backends(self) -> frozenset[str]:
         """The names of backends with a measured strategy."""
-        return frozenset(name.partition(".")[0] for row in self.rows for name in row.us if name != UNFUSED)
+        return frozenset(name.partition(".")[0] for row in self.rows for name in row.us if not is_base_line(name))
 
     @cached_property
     def fingerprint(self) -> str:

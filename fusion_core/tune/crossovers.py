@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fusion_core.tables.schema import UNFUSED
+from fusion_core.tables.schema import UNFUSED, is_base_line
 from fusion_core.tables.table import Row, Table
 
 Series = tuple[str, str, int]
@@ -23,7 +23,7 @@ class Range:
         hidden: The hidden size.
         first: The lowest of the token counts.
         last: The highest.
-        path: `UNFUSED`, or the strategy's name.
+        path: The base line's column, or the strategy's name.
         us: Its microseconds at ``first`` and ``last``.
         unfused: Those of the unfused path.
     """
@@ -65,13 +65,24 @@ def series(table: Table) -> dict[Series, list[Row]]:
     return {key: sorted(rows, key=lambda row: row.tokens) for key, rows in found.items()}
 
 
-def fastest(us: Mapping[str, float]) -> str:
-    """The path with the least time; at a tie the unfused one, then the first by name."""
-    return min(us, key=lambda name: (us[name], name != UNFUSED, name))
+def fastest(us: Mapping[str, float], base: str = UNFUSED) -> str:
+    """The path with the least time: a strategy or the base line; at a tie the base line, then the first by name."""
+    paths = [name for name in us if name == base or not is_base_line(name)]
+    return min(paths, key=lambda name: (us[name], name != base, name))
 
 
-def crossovers(table: Table) -> tuple[Range, ...]:
+def base_lines(table: Table) -> tuple[str, ...]:
+    """The columns of unfused paths that every row has, torch's first."""
+    common = set.intersection(*({name for name in row.us if is_base_line(name)} for row in table.rows))
+    return tuple(sorted(common))
+
+
+def crossovers(table: Table, base: str = UNFUSED) -> tuple[Range, ...]:
     """The ranges of measured token counts between which the fastest path changes.
+
+    Args:
+        table: The table.
+        base: The column of the unfused path to compare with; every row has it (`base_lines`).
 
     Example:
         >>> from fusion_core.tables import Machine
@@ -86,11 +97,11 @@ def crossovers(table: Table) -> tuple[Range, ...]:
     for (pattern, dtype, hidden), rows in series(table).items():
         start = 0
         for place, row in enumerate(rows):
-            path = fastest(row.us)
-            if place + 1 < len(rows) and fastest(rows[place + 1].us) == path:
+            path = fastest(row.us, base)
+            if place + 1 < len(rows) and fastest(rows[place + 1].us, base) == path:
                 continue
             ends = rows[start], row
-            us, unfused = ([each.us[name] for each in ends] for name in (path, UNFUSED))
+            us, unfused = ([each.us[name] for each in ends] for name in (path, base))
             found.append(
                 Range(
                     pattern, dtype, hidden, ends[0].tokens, row.tokens, path, (us[0], us[1]), (unfused[0], unfused[1])

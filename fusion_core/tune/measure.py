@@ -9,6 +9,7 @@ and producers alone is timed too, and its time is subtracted. A site's sum is th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -124,7 +125,7 @@ class Bench:
             if why is not None:
                 runs.pop(column.name, None)
                 notes[column.name] = why
-                if column.strategy is None:
+                if column.name == UNFUSED:
                     return Measured({}, notes)
         for name, call in whole.items():
             distance, why = self._ranks.attempt(partial(self._first_whole, point, call, columns[0][0]))
@@ -224,7 +225,9 @@ class Bench:
         return distance
 
     def _record(self, runs: dict[str, Run], column: Column, run: Run) -> float:
-        runs[column.name] = self._timer.record(run)
+        own = self._plan.collectives.get(column.collective or "")
+        with nullcontext() if own is None else own.capture():
+            runs[column.name] = self._timer.record(run)
         self._check(column)
         return 0.0
 
@@ -273,6 +276,9 @@ class _Point:
         if column.strategy is not None:
             return path
         rest, group = path.rest, path.place.group
+        if column.collective is not None:
+            own = self._plan.collectives[column.collective].run
+            return lambda x, others: rest(own(x), others)
 
         def in_place(x: Tensor, others: Sequence[Tensor]) -> Sequence[Tensor]:
             # in place even if the sum is a result: Path copies it then, Inductor does not
@@ -284,7 +290,7 @@ class _Point:
 
     def compare(self, call: Call, column: Column, produces: bool = False) -> float:
         """The largest error of a path's results against those of the unfused path at a site of its form."""
-        if column.form not in self._references and column.strategy is not None:
+        if column.form not in self._references and column.name != UNFUSED:
             place = self._plan.rest(self._pattern, column.form, self._site).place
             self.produce()
             self._references[column.form] = [_rows(each) for each in place.definition(self._x, *self._others)]

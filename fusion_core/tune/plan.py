@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from fusion_core.dispatch.bound_pattern import BARE, BoundPattern
 from fusion_core.dispatch.path import Epilogue, ExecutionPath
 from fusion_core.errors import FusionError
+from fusion_core.groups import AllReduce
 from fusion_core.patterns.definition import VECTORS, Pattern
 from fusion_core.plugins.registry import Registry
 from fusion_core.plugins.requirements import Attribute
@@ -21,7 +23,7 @@ from fusion_core.reason import Reason
 from fusion_core.samples.sites import SCALES, example_site, resized, with_outputs
 from fusion_core.samples.tensors import AMAX, vector
 from fusion_core.site import Device, Site
-from fusion_core.tables.schema import UNFUSED
+from fusion_core.tables.schema import base_line
 
 IMPORTANT = (
     "all_reduce_add_rms_norm",
@@ -48,15 +50,22 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """One path of a pattern, and the form of site at which it is measured; the unfused path has no strategy."""
+    """One path of a pattern, and the form of site at which it is measured.
+
+    Attributes:
+        strategy: The strategy; None for an unfused path.
+        form: The form.
+        collective: The operator of an unfused path's all_reduce; None for torch's.
+    """
 
     strategy: Strategy | None
     form: Form
+    collective: str | None = None
 
     @property
     def name(self) -> str:
         """Its name in the table."""
-        return UNFUSED if self.strategy is None else self.strategy.name
+        return base_line(self.collective) if self.strategy is None else self.strategy.name
 
 
 class Plan:
@@ -68,14 +77,22 @@ class Plan:
         device: This rank's device.
         group: The process group's name.
         world_size: Its number of ranks.
+        collectives: All_reduces that have an unfused path of their own beside torch's, by their operators.
     """
 
     def __init__(
-        self, registry: Registry, dtype: torch.dtype, device: torch.device, group: str, world_size: int
+        self,
+        registry: Registry,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: str,
+        world_size: int,
+        collectives: Mapping[str, AllReduce] = MappingProxyType({}),
     ) -> None:
         self.registry = registry
         self.dtype = dtype
         self.device = device
+        self.collectives = collectives
         self._facts = Device.of(device)
         self._group = group
         self._world_size = world_size
@@ -100,11 +117,12 @@ class Plan:
         return sorted(patterns, key=lambda p: (places.get(p.name, last), len(p.steps), p.name))
 
     def columns(self, pattern: Pattern) -> tuple[Column, ...]:
-        """Every path of a pattern on this device, the unfused one first; some may refuse some sizes."""
+        """Every path of a pattern on this device, the unfused ones first; some may refuse some sizes."""
         own = [(strategy, self._form(strategy, pattern)) for strategy in self._own(pattern)]
         main = self._main(pattern, [form for _, form in own])
         bare = [] if pattern.name == BARE else [(strategy, main) for strategy in self._strategies(BARE)]
-        return (Column(None, main), *(Column(strategy, form) for strategy, form in (*own, *bare)))
+        unfused = (Column(None, main, collective) for collective in (None, *self.collectives))
+        return (*unfused, *(Column(strategy, form) for strategy, form in (*own, *bare)))
 
     def site(self, pattern: Pattern, form: Form, hidden: int, tokens: int) -> Site:
         """The site of a form and a size.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fusion_core.tables.schema import UNFUSED
+from fusion_core.tables.schema import UNFUSED, is_base_line
 from fusion_core.tables.table import Row
 from fusion_core.tune.measure import Measured
 
@@ -126,7 +126,7 @@ def _hopeless(points: Mapping[int, Us], dropped: Collection[str]) -> dict[str, s
     best, best_after = min(before.values()), min(after.values())
     found = {}
     for name in after:
-        if name == UNFUSED or name in dropped or name not in before:
+        if is_base_line(name) or name in dropped or name not in before:
             continue
         times, times_after = before[name] / best, after[name] / best_after
         grows = after[name] >= GROWS * before[name]

@@ -10,6 +10,7 @@ from fusion_core.errors import BackendError
 from fusion_core.patterns.definition import Pattern
 from fusion_core.site import Device, dtype_name
 from fusion_core.tables.machine import Machine
+from fusion_core.tables.schema import is_base_line
 from fusion_core.tables.table import Row, Table, TableError
 from fusion_core.tune.measure import Bench, Measured
 from fusion_core.tune.plan import Plan
@@ -77,7 +78,7 @@ def tune(
 
     dtype = dtype_name(plan.dtype)
     swept = sweep(list(by_name), hidden, tokens, dtype, measure, ranks, budget, progress)
-    if not any(len(row.us) > 1 for row in swept.rows):
+    if all(is_base_line(name) for row in swept.rows for name in row.us):
         return Tuned(None, swept.notes)
     made = datetime.now(UTC).isoformat(timespec="seconds")
     return Tuned(Table(machine, swept.rows, made, command), swept.notes)

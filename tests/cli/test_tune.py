@@ -94,9 +94,9 @@ def test_more_processes_than_gpus(run, monkeypatch, measured):
 
 def test_what_is_measured(run, measured):
     run("tune")
-    assert measured["asked"] == (None, (2048, 4096, 8192), tuple(2**n for n in range(15)), "bfloat16", 600.0, 0)
+    assert measured["asked"] == (None, (2048, 4096, 8192), tuple(2**n for n in range(15)), "bfloat16", 600.0, 0, None)
     run("tune", "--patterns", f"{ADD}, all_reduce,{ADD}", "--hidden", "64", "--tokens", "8", "--budget", "9", "--dtype", "float16")  # fmt: skip
-    assert measured["asked"] == ([ADD, "all_reduce"], (64,), (8,), "float16", 9.0, 0)
+    assert measured["asked"] == ([ADD, "all_reduce"], (64,), (8,), "float16", 9.0, 0, None)
     run("tune", "--patterns", "all")
     assert len(measured["asked"][0]) >= 13
 

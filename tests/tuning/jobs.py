@@ -1,11 +1,12 @@
 """What the workers of test_measure.py run."""
 
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import EntryPoint
 
 import torch
 import torch.distributed as dist
 
-from fusion_core import FusionConfig
+from fusion_core import AllReduce, FusionConfig
 from fusion_core.plugins.registry import GROUP, Registry
 from fusion_core.tune.measure import Bench
 from fusion_core.tune.plan import Plan
@@ -16,9 +17,9 @@ from tests.tuning import acme
 DTYPE = torch.float32
 
 
-def registry(order=("acme",)):
+def registry(order=("acme",), **fields):
     points = [EntryPoint("acme", "tests.tuning.acme", GROUP), EntryPoint("reference", "fusion_reference", GROUP)]
-    return Registry.of(points, FusionConfig(order=order))
+    return Registry.of(points, FusionConfig(order=order, **fields))
 
 
 class Timer(CallTimer):
@@ -60,6 +61,46 @@ def measured(pattern, hidden, tokens, without=(), order=("acme",), dtype=DTYPE):
     timer = Timer(ranks)
     found = Bench(plan, ranks, timer, tokens).measure(plan.registry.patterns[pattern], hidden, tokens, without)
     return found.us, found.notes, timer.recorded, timer.dropped
+
+
+engine_log = []
+
+
+def summed(x):
+    return acme.right(x, group=dist.group.WORLD.group_name)
+
+
+@contextmanager
+def acme_engine():
+    engine_log.append("set up")
+    yield AllReduce("acme::all_reduce", summed)
+    engine_log.append("gone")
+
+
+def broken_engine():
+    raise RuntimeError("no driver")
+
+
+def odd_engine():
+    return nullcontext(5)
+
+
+def measured_with_engines():
+    """A point with the all_reduces of two engines, one of them wrong, and how often the right one was captured."""
+    captured = []
+
+    @contextmanager
+    def capture():
+        captured.append(1)
+        yield
+
+    acme._calls.clear()
+    ranks = Ranks()
+    own = AllReduce("acme::all_reduce", summed, capture)
+    collectives = {own.operator: own, "wrong::all_reduce": AllReduce("wrong::all_reduce", torch.clone)}
+    plan = Plan(registry(), DTYPE, torch.device("cpu"), ranks.name, ranks.size, collectives)
+    found = Bench(plan, ranks, Timer(ranks), 8).measure(plan.registry.patterns["all_reduce"], 64, 8)
+    return found.us, found.notes, len(captured)
 
 
 def flushed():

@@ -71,8 +71,16 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("rows/3/us", 5.0, r"rows\[3\].us is 5.0, needs an object"),
         ("rows/3/us", {}, r"rows\[3\].us has \[\], needs 'unfused' too"),
         ("rows/3/us", {BARE: 5.0}, r"rows\[3\].us has \['flashinfer.all_reduce'\], needs 'unfused' too"),
-        ("rows/3/us/fused", 5.0, r"rows\[3\].us has 'fused', needs 'unfused' or the name of a strategy"),
-        ("rows/3/us/acme.", 5.0, r"rows\[3\].us has 'acme.', needs 'unfused' or the name of a strategy"),
+        (
+            "rows/3/us/fused",
+            5.0,
+            r"rows\[3\].us has 'fused', needs 'unfused', 'unfused <operator>', or the name of a strategy",
+        ),
+        (
+            "rows/3/us/acme.",
+            5.0,
+            r"rows\[3\].us has 'acme.', needs 'unfused', 'unfused <operator>', or the name of a strategy",
+        ),
         ("rows/3/us/unfused", True, r"rows\[3\].us.unfused is True, needs microseconds, a number from 0.001 to 1e\+09"),
         ("rows/3/us/unfused", "5", r"rows\[3\].us.unfused is '5', needs microseconds"),
         ("rows/3/us/unfused", 0, r"rows\[3\].us.unfused is 0, needs microseconds"),

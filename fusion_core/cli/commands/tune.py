@@ -74,6 +74,15 @@ def tune(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Also write all times as a plot.", show_default=False)
     ] = None,
+    collective: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENGINE",
+            help="Also measure the unfused path over this serving engine's own all_reduce, such as vllm's. Strategies "
+            "are compared with it in that engine's models.",
+            show_default=False,
+        ),
+    ] = None,
     order: Order = None,
     strict: Strict = False,
     options: Options = None,
@@ -106,9 +115,9 @@ def tune(
         with process_group() as rank:
             began = time.monotonic()
             asks = {"patterns": patterns, "hidden": hidden, "tokens": tokens, "dtype": dtype.value}
-            check_same(**choices(config, registry), **asks)
+            check_same(**choices(config, registry), **asks, collective=collective)
             with stdout_to_stderr():
-                tuned = _measure(registry, asked, sizes, counts, dtype.value, budget, rank)
+                tuned = _measure(registry, asked, sizes, counts, dtype.value, budget, rank, collective)
             if rank == 0:
                 finish(tuned, output, plot, as_json, time.monotonic() - began)
             if ours and torch.cuda.is_available():
@@ -159,7 +168,9 @@ def _measure(
     dtype: str,
     budget: float,
     rank: int,
+    collective: str | None,
 ) -> Tuned:
+    from fusion_core.tune.engines import all_reduces
     from fusion_core.tune.plan import Plan
     from fusion_core.tune.ranks import Ranks
     from fusion_core.tune.timers import timer_for  # imported late: these modules import the compiler
@@ -168,13 +179,15 @@ def _measure(
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     ranks = Ranks()
-    plan = Plan(registry, getattr(torch, dtype), device, ranks.name, ranks.size)
-    chosen = plan.patterns(hidden, min(tokens)) if asked is None else plan.sorted(asked)
-    # ranks must measure the same patterns even if one of them lacks a backend
-    common = set.intersection(*map(set, ranks.gather([pattern.name for pattern in chosen])))
-    chosen = [pattern for pattern in chosen if pattern.name in common]
-    with _Progress(len(chosen) * len(hidden) * len(tokens), rank == 0) as progress:
-        return run(plan, ranks, timer_for(ranks, device), chosen, hidden, tokens, budget, command(), progress.update)
+    with all_reduces([] if collective is None else [collective]) as collectives:
+        plan = Plan(registry, getattr(torch, dtype), device, ranks.name, ranks.size, collectives)
+        chosen = plan.patterns(hidden, min(tokens)) if asked is None else plan.sorted(asked)
+        # ranks must measure the same patterns even if one of them lacks a backend
+        common = set.intersection(*map(set, ranks.gather([pattern.name for pattern in chosen])))
+        chosen = [pattern for pattern in chosen if pattern.name in common]
+        timer = timer_for(ranks, device)
+        with _Progress(len(chosen) * len(hidden) * len(tokens), rank == 0) as progress:
+            return run(plan, ranks, timer, chosen, hidden, tokens, budget, command(), progress.update)
 
 
 def _leave(status: int) -> None:

@@ -62,6 +62,7 @@ def main() -> None:
         reports = fusion_vllm.report(llm)
         found["texts"] = [str(each) for each in reports]
         found["reports"] = [[each.to_dict() for each in worker.reports] for worker in reports]
+        found["graphs"] = [worker.graphs for worker in reports]
     Path(job["out"]).write_text(json.dumps(found, default=str), encoding="utf-8")
 
 

@@ -106,6 +106,14 @@ def sites(found: dict[str, Any]) -> list[list[tuple[str, str | None]]]:
     ]
 
 
+def counted(found: dict[str, Any]) -> list[int]:
+    """A rank's sites, those of equal graphs as often as they run."""
+    return [
+        sum(len(report["sites"]) * count for report, count in zip(reports, graphs, strict=True))
+        for reports, graphs in zip(found["reports"], found["graphs"], strict=True)
+    ]
+
+
 def assert_same_answers(found: dict[str, Any], plain: dict[str, Any]) -> None:
     assert found["tokens"] == plain["tokens"]
     for ours, theirs in zip(found["logprobs"], plain["logprobs"], strict=True):
@@ -123,6 +131,9 @@ def test_one_setting_fuses_every_site(run: Run, plain: Any, cold: dict[str, Any]
         assert of_rank
         assert all(strategy == f"lab.{pattern}" for pattern, strategy in of_rank)
     assert "all_reduces on a kernel, on 2 x cpu, for 1 to 256 tokens" in found["log"]
+    if model == "llama":  # the graphs between two attentions are equal, and compiled once
+        assert counted(found) == [SITES, SITES]
+        assert "2 equal graphs, each: 2 of 2 all_reduces on a kernel" in found["texts"][0]
 
 
 def test_a_warm_start_runs_the_same_and_shows_the_report(
@@ -133,6 +144,7 @@ def test_a_warm_start_runs_the_same_and_shows_the_report(
     assert kernels(warm) == kernels(cold)
     assert "all_reduces on a kernel, on 2 x cpu, for" not in warm["log"]  # nothing was compiled
     assert sites(warm) == sites(cold)
+    assert counted(warm) == [SITES, SITES]
     assert all("from the compile cache" in text for text in warm["texts"])
 
 

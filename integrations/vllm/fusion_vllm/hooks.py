@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from vllm.compilation.backends import CompilerManager
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.compilation.passes.pass_manager import PostGradPassManager
 from vllm.config import VllmConfig
 from vllm.v1.worker.worker_base import WorkerBase
 
-from fusion_core import ConfigError
-from fusion_vllm import worker_reports
+from fusion_core import ConfigError, last_report
+from fusion_vllm import kept, worker_reports
+from fusion_vllm.equal_graphs import Graphs
 from fusion_vllm.graph_pass import KEY, VllmFusion
 from fusion_vllm.settings import NAME, config_of, given_in
 
@@ -25,6 +27,7 @@ def install() -> None:
     setattr(VllmConfig, _MARK, True)
     _wrap_configuration()
     _wrap_pass_manager()
+    _wrap_compiler_manager()
     setattr(WorkerBase, worker_reports.METHOD, worker_reports.of_worker)
 
 
@@ -76,3 +79,21 @@ def _wrap_pass_manager() -> None:
             original(self, pass_)
 
     PostGradPassManager.configure, PostGradPassManager.add = configure, add
+
+
+def _wrap_compiler_manager() -> None:
+    """Count the equal graphs that vLLM compiles once."""
+    original = CompilerManager.compile
+
+    @functools.wraps(original)
+    def compile(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = last_report()
+        compiled = original(self, *args, **kwargs)
+        newest = last_report()
+        graphs = self.__dict__.setdefault(_MARK, Graphs())
+        again = graphs.returned(compiled, None if newest is before else newest)
+        if again is not None:
+            kept.count(again)
+        return compiled
+
+    CompilerManager.compile = compile

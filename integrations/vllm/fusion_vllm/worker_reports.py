@@ -20,20 +20,27 @@ class WorkerReports:
         rank: The worker's rank in its engine.
         reports: One for each graph with sites that it compiled, oldest first; of graphs that all came from vLLM's cache
             those that were kept when they were compiled.
+        graphs: For each report, how many of the model's graphs it is about: vLLM compiles equal ones once.
     """
 
     rank: int
     reports: tuple[Report, ...]
+    graphs: tuple[int, ...]
 
     def __str__(self) -> str:
-        return "\n\n".join(f"rank {self.rank}: {each}" for each in self.reports) or f"rank {self.rank}: no site"
+        found = []
+        for report, count in zip(self.reports, self.graphs, strict=True):
+            equal = f", {count} equal graphs, each" if count > 1 else ""
+            found.append(f"rank {self.rank}{equal}: {report}")
+        return "\n\n".join(found) or f"rank {self.rank}: no site"
 
 
 def of_worker(worker: Any) -> str:
     """The reports of this process as JSON, since vLLM sends values of few types between processes."""
     from fusion_vllm import kept
+    from fusion_vllm.equal_graphs import count_of
 
-    own = [each.to_dict() for each in reports() if each.sites]
+    own = [(each.to_dict(), count_of(each)) for each in reports() if each.sites]
     return json.dumps({"rank": worker.rank, "reports": own or kept.load(worker.vllm_config)}, default=str)
 
 
@@ -56,4 +63,11 @@ def report(llm: Any) -> list[WorkerReports]:
             f"additional_config has no {NAME!r}, needs it: vllm.LLM(..., additional_config={{{NAME!r}: {{}}}})"
         )
     found = sorted(map(json.loads, llm.collective_rpc(METHOD)), key=lambda each: int(each["rank"]))
-    return [WorkerReports(each["rank"], tuple(map(Report.from_dict, each["reports"]))) for each in found]
+    return [
+        WorkerReports(
+            each["rank"],
+            tuple(Report.from_dict(report) for report, _ in each["reports"]),
+            tuple(count for _, count in each["reports"]),
+        )
+        for each in found
+    ]

@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,11 +121,23 @@ def test_json(run, measured, tmp_path):
     answer = json.loads(run("tune", "--json", "--output", str(tmp_path / "mine.json")).stdout)
     assert answer.keys() == {"path", "seconds", "table", "crossovers", "notes"}
     assert answer["table"] == RECORDED.to_dict()
-    assert answer["crossovers"][0].keys() == {"pattern", "dtype", "hidden", "first", "last", "path", "us", "unfused_us", "gains"}  # fmt: skip
+    assert answer["crossovers"][0].keys() == {"base_line", "pattern", "dtype", "hidden", "first", "last", "path", "us", "unfused_us", "gains"}  # fmt: skip
     assert answer["notes"][0] == {"pattern": "a", "hidden": 64, "tokens": 1, "path": "acme.sum", "why": "x is int8, needs bfloat16"}  # fmt: skip
     assert answer["path"] == str(tmp_path / "mine.json")
     assert read(tmp_path / "mine.json") == RECORDED
     assert not (tmp_path / "fusion_core").exists()
+
+
+def test_each_base_line_has_a_comparison_of_its_own(run, measured):
+    rows = tuple(replace(row, us={**row.us, "unfused vllm::all_reduce": 0.5}) for row in RECORDED.rows)
+    measured["tuned"] = Tuned(replace(RECORDED, rows=rows), ())
+    shown = run("tune", "--collective", "vllm").stdout
+    first, _, second = shown.partition("compared with unfused vllm::all_reduce")
+    assert "flashinfer" in first
+    assert second.count("unfused vllm::all_reduce") == len({(row.pattern, row.hidden) for row in rows})
+    assert measured["asked"][-1] == measured["facts"]["collective"] == "vllm"
+    answer = json.loads(run("tune", "--collective", "vllm", "--json").stdout)
+    assert {each["base_line"] for each in answer["crossovers"]} == {"unfused", "unfused vllm::all_reduce"}
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])

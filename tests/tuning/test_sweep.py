@@ -74,6 +74,13 @@ def quick(tokens):
     return 10.0 * tokens
 
 
+def test_a_hopeless_base_line_keeps_its_times():
+    """Without them strategies would be compared with torch's."""
+    own = "unfused acme::all_reduce"
+    bench = Bench({"unfused": lambda n: 100.0 * n, own: lambda n: 100.0 * n, "acme.sum": lambda n: 10.0 * n})
+    assert all(own in row.us for row in swept(bench).rows)
+
+
 def test_a_hopeless_path_is_dropped_and_said():
     found = swept(Bench({"unfused": quick, "acme.slow": slow}), tokens=(1, 2, 4, 8))
     assert [row.us.keys() for row in found.rows] == [{"unfused", "acme.slow"}] * 2 + [{"unfused"}] * 2

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import EntryPoint, entry_points
 
 from fusion_core.errors import ConfigError, described
 from fusion_core.groups import AllReduce
+from fusion_core.tune.ranks import Ranks
 
 GROUP = "fusion_core.collectives"
-"""The entry points: functions without parameters that return a context manager of an `AllReduce`. It is entered on all
-ranks, when the default process group exists."""
+"""The entry points: functions without parameters that return a context manager of an `AllReduce`. The call imports the
+engine; the context is entered on all ranks, when the default process group exists."""
 
 
 def offered() -> dict[str, EntryPoint]:
@@ -19,26 +20,46 @@ def offered() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
+def check(name: str) -> None:
+    """Raise `ConfigError` if no installed package offers this name."""
+    if name not in (points := offered()):
+        known = ", ".join(sorted(points)) or "none is installed"
+        raise ConfigError(f"--collective is {name!r}, needs one of an engine: {known}")
+
+
 @contextmanager
-def all_reduces(names: Sequence[str]) -> Iterator[dict[str, AllReduce]]:
-    """The all_reduces of these engines, by their operators. Collective: all ranks enter it.
+def all_reduce_of(name: str | None, ranks: Ranks) -> Iterator[dict[str, AllReduce]]:
+    """An engine's all_reduce by its operator; none without a name. Collective: all ranks enter it.
 
     Raises:
-        ConfigError: no installed package offers a name, or its engine cannot be set up here.
+        ConfigError: on all ranks, if the engine cannot be set up on one of them. Gives the rank and the error.
     """
-    points = offered()
-    if unknown := [name for name in names if name not in points]:
-        known = ", ".join(sorted(points)) or "none is installed"
-        raise ConfigError(f"--collective is {', '.join(map(repr, unknown))}, needs one of an engine: {known}")
-    found: dict[str, AllReduce] = {}
+    if name is None:
+        yield {}
+        return
+    made: list[AbstractContextManager[AllReduce]] = []
+    found: list[AllReduce] = []
     with ExitStack() as stack:
-        for name in names:
-            try:
-                make: Callable[[], AbstractContextManager[AllReduce]] = points[name].load()
-                own = stack.enter_context(make())
-            except (Exception, SystemExit) as error:  # an engine's set-up may raise anything
-                raise ConfigError(f"--collective {name} cannot be set up: {described(error)}") from error
-            if not isinstance(own, AllReduce):
-                raise ConfigError(f"--collective {name} gives {own!r}, needs a fusion_core.AllReduce")
-            found[own.operator] = own
-        yield found
+        # imported on all ranks before any is set up: else the others would wait in its collectives
+        _on_all(ranks, name, lambda: made.append(offered()[name].load()()))
+        _on_all(ranks, name, lambda: found.append(_entered(stack, made[0])))
+        yield {found[0].operator: found[0]}
+
+
+def _entered(stack: ExitStack, made: AbstractContextManager[AllReduce]) -> AllReduce:
+    own = stack.enter_context(made)
+    if not isinstance(own, AllReduce):
+        raise TypeError(f"it gives {own!r}, needs a fusion_core.AllReduce")
+    return own
+
+
+def _on_all(ranks: Ranks, name: str, work: Callable[[], None]) -> None:
+    """Work that may fail on some of the ranks alone; then all of them raise."""
+    error = None
+    try:
+        work()
+    except (Exception, SystemExit) as raised:  # noqa: BLE001  # whatever an engine raises, the other ranks must know
+        error = described(raised)
+    for rank, other in enumerate(ranks.gather(error)):
+        if other is not None:
+            raise ConfigError(f"--collective {name} cannot be set up: rank {rank}: {other}")

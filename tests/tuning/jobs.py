@@ -3,11 +3,13 @@
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import EntryPoint
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from fusion_core import AllReduce, FusionConfig
+from fusion_core import AllReduce, ConfigError, FusionConfig
 from fusion_core.plugins.registry import GROUP, Registry
+from fusion_core.tune import engines
 from fusion_core.tune.measure import Bench
 from fusion_core.tune.plan import Plan
 from fusion_core.tune.ranks import Ranks
@@ -83,6 +85,24 @@ def broken_engine():
 
 def odd_engine():
     return nullcontext(5)
+
+
+@contextmanager
+def waiting_engine():
+    dist.barrier()
+    yield AllReduce("acme::all_reduce", summed)
+
+
+def engine_of_rank_0():
+    """The error where rank 1 cannot import an engine whose set-up is collective."""
+    module = "tests.tuning.jobs:waiting_engine" if dist.get_rank() == 0 else "engine:all_reduce"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "entry_points", lambda group: [EntryPoint("acme", module, group)])
+        try:
+            with engines.all_reduce_of("acme", Ranks()):
+                return "set up"
+        except ConfigError as error:
+            return str(error)
 
 
 def measured_with_engines():

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,25 +33,48 @@ def offer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "entry_points", lambda group: points)
 
 
+class Alone:
+    def gather(self, value: object) -> list[object]:
+        return [value]
+
+
+ALONE: Any = Alone()
+
+
 def test_an_engine_s_all_reduce_is_set_up_for_the_block(offer: None) -> None:
     jobs.engine_log.clear()
-    with engines.all_reduces(["acme"]) as found:
+    with engines.all_reduce_of("acme", ALONE) as found:
         assert list(found) == [OWN]
         assert jobs.engine_log == ["set up"]
     assert jobs.engine_log == ["set up", "gone"]
+    with engines.all_reduce_of(None, ALONE) as found:
+        assert found == {}
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("vlm", "--collective is 'vlm', needs one of an engine: acme, broken, odd"),
-        ("broken", "--collective broken cannot be set up: RuntimeError: no driver"),
-        ("odd", "--collective odd gives 5, needs a fusion_core.AllReduce"),
+        ("broken", "--collective broken cannot be set up: rank 0: RuntimeError: no driver"),
+        ("odd", "--collective odd cannot be set up: rank 0: TypeError: it gives 5, needs a fusion_core.AllReduce"),
     ],
 )
 def test_what_cannot_be_measured_is_said_with_its_name(offer: None, name: str, why: str) -> None:
-    with pytest.raises(ConfigError, match=why), engines.all_reduces([name]):
+    with pytest.raises(ConfigError, match=why), engines.all_reduce_of(name, ALONE):
         pass
+
+
+def test_a_name_that_nobody_offers_is_said_with_those_that_are(offer: None) -> None:
+    engines.check("acme")
+    with pytest.raises(ConfigError, match="--collective is 'vlm', needs one of an engine: acme, broken, odd"):
+        engines.check("vlm")
+
+
+def test_where_one_rank_lacks_an_engine_all_say_so_and_none_waits_for_it() -> None:
+    with WorkerPool(2, timeout=60) as pool:
+        assert (
+            pool.run(jobs.engine_of_rank_0)
+            == ["--collective acme cannot be set up: rank 1: ModuleNotFoundError: No module named 'engine'"] * 2
+        )
 
 
 def test_vllm_s_is_offered() -> None:

@@ -103,6 +103,10 @@ def tune(
         warnings.simplefilter("ignore", RuntimeWarning)  # `backends` names the backends that fail to load
         registry = Registry.load(config)
     asked = _named(registry, patterns)
+    if collective is not None:
+        from fusion_core.tune import engines
+
+        engines.check(collective)
     ours = not dist.is_initialized()
     if ours and (launched is None or launched.world_size < 2):
         raise ConfigError(f"this is one process, in which there is nothing to reduce, needs 2 or more; {LAUNCH}")
@@ -170,7 +174,7 @@ def _measure(
     rank: int,
     collective: str | None,
 ) -> Tuned:
-    from fusion_core.tune.engines import all_reduces
+    from fusion_core.tune.engines import all_reduce_of
     from fusion_core.tune.plan import Plan
     from fusion_core.tune.ranks import Ranks
     from fusion_core.tune.timers import timer_for  # imported late: these modules import the compiler
@@ -179,7 +183,7 @@ def _measure(
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     ranks = Ranks()
-    with all_reduces([] if collective is None else [collective]) as collectives:
+    with all_reduce_of(collective, ranks) as collectives:
         plan = Plan(registry, getattr(torch, dtype), device, ranks.name, ranks.size, collectives)
         chosen = plan.patterns(hidden, min(tokens)) if asked is None else plan.sorted(asked)
         # ranks must measure the same patterns even if one of them lacks a backend

@@ -32,6 +32,8 @@ def register() -> None:
 
     if versions.is_known(vllm.__version__):
         hooks.install()
+    else:
+        versions.warn(vllm.__version__)
 
 
 def __getattr__(name: str) -> Any:

@@ -13,21 +13,27 @@ from torch import Tensor
 from fusion_core import AllReduce, ConfigError
 
 
-@contextmanager
-def all_reduce() -> Iterator[AllReduce]:
+def all_reduce() -> AbstractContextManager[AllReduce]:
     """``vllm::all_reduce`` over all ranks, with the kernels that vLLM chooses on this machine. All ranks enter it.
 
     Raises:
         ConfigError: this release of vLLM is not known.
     """
     import vllm
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import parallel_state
+    import vllm.distributed.parallel_state
 
     from fusion_vllm import versions
 
     if not versions.is_known(vllm.__version__):
         raise ConfigError(f"vLLM is {vllm.__version__}, needs {' or '.join(versions.KNOWN)}")
+    return _set_up()
+
+
+@contextmanager
+def _set_up() -> Iterator[AllReduce]:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+
     cuda = torch.cuda.is_available()
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(

@@ -10,12 +10,14 @@ KNOWN = ("0.32",)
 
 
 def is_known(version: str) -> bool:
-    """Whether the hooks of a release are known; warns if not."""
+    """Whether the hooks of a release are known."""
     release = re.match(r"\d+\.\d+", version)
-    if release is not None and release.group() in KNOWN:
-        return True
+    return release is not None and release.group() in KNOWN
+
+
+def warn(version: str) -> None:
+    """Say that a release is not known."""
     words = (
         f"fusion_core: vLLM is {version}, needs {' or '.join(KNOWN)}: nothing is fused; docs/vllm.md has the releases"
     )
     warnings.warn(words, RuntimeWarning, stacklevel=3)
-    return False
